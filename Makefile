@@ -1,0 +1,54 @@
+# `make up` and `make test` set up all they need the first time.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+
+.DEFAULT_GOAL := help
+.PHONY: help setup up test test-unit lint format check ci lock definitions clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make .venv with the pinned packages; find or install RabbitMQ and PostgreSQL
+
+$(STAMP): requirements/dev.txt requirements/embedded.txt pyproject.toml deploy/bootstrap.sh
+	@sh deploy/bootstrap.sh "$(PYTHON)" "$(VENV)" >&2
+	@touch $@
+
+up: $(STAMP) ## Run the whole system on this machine until Ctrl-C; options: make up ARGS="--once -o json"
+	@$(BIN)/chiffon up $(ARGS)
+
+test: $(STAMP) ## Run all tests, on real servers that the tests start themselves; ARGS are pytest's
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-unit: $(STAMP) ## Run the tests that need no server
+	@$(BIN)/python -m pytest tests/unit $(ARGS)
+
+lint: $(STAMP) ## Check style, types and import directions
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(STAMP) ## Mend what can be mended by itself
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+definitions: $(STAMP) ## Write deploy/rabbitmq/definitions.json from the topology
+	@$(BIN)/python deploy/rabbitmq/write_definitions.py
+
+lock: ## Pin the newest packages that pyproject.toml allows (needs uv)
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-annotate --no-header pyproject.toml -o requirements/agent.txt
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-annotate --no-header --extra all pyproject.toml -o requirements/runtime.txt
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-annotate --no-header --extra dev pyproject.toml -o requirements/dev.txt
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-annotate --no-header --extra embedded -c requirements/dev.txt pyproject.toml \
+	  -o requirements/embedded.txt
+
+clean: ## Remove .venv and caches; the state folder stays
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,344 @@
+"""The agent: publishes this host's heartbeats, and says farewell when it stops.
+
+``BaseAgent`` runs inside any asyncio program; ``run`` is the process of ``chiffon agent run``,
+which also starts as ``python -m chiffon.agent`` where only the agent is installed.
+
+While the broker is away nothing is kept but the wish to speak: there is no queue of old readings,
+and when the line is back a fresh one goes out at once.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+from typing import Any, Self
+
+from chiffon import __version__, liveness
+from chiffon.bus import Link, Properties, Publisher, Session
+from chiffon.errors import BusUnavailable, ChiffonError, Unroutable, exit_code
+from chiffon.identity import Identity, claim, fresh, peek
+from chiffon.logs import configure
+from chiffon.messages import (
+    STATUS_UPDATE,
+    AgentStatus,
+    AgentType,
+    ResourceMetrics,
+    StatusUpdate,
+    encode,
+    routing_key,
+)
+from chiffon.probes.reader import Reader
+from chiffon.provisioning import await_exchange
+from chiffon.settings import Settings, describe, load
+from chiffon.topology import HEARTBEATS
+
+log = logging.getLogger(__name__)
+
+CONFIRM_SECONDS = 3.0
+JITTER = 0.05
+"""Each pause is up to 5 % shorter or longer, so that agents started together drift apart."""
+
+UNROUTABLE_SECONDS = 60.0
+"""Between two warnings that no queue takes our heartbeats."""
+
+
+class BaseAgent:
+    """Heartbeats of one agent, sent in the background while the context is open.
+
+    ``status`` and ``capabilities`` may be set at any time and go out at once. A farewell is sent
+    when the context ends.
+
+    Args:
+        url: The broker; several hosts allowed.
+        identity: Who this agent is: ``chiffon.identity.claim`` keeps it in a state folder. By
+            default a new agent at every start.
+        agent_type: One of the contract's types.
+        pool_name: The group this agent puts itself into.
+        capabilities: Words that planners may ask for.
+        interval_seconds: To the next heartbeat, as promised in each; 0.5 to 600.
+        hostname: Shown to people; default ``socket.gethostname()``.
+        resources: Reads the host; default: the real one. Anything with ``read`` and ``close``.
+        stop_if_refused: Whether a broker that never let us in and refuses us ends ``run``.
+
+    Raises:
+        pydantic.ValidationError: A value that the contract does not allow.
+        BadConfiguration: Not an AMQP URL.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        identity: Identity | None = None,
+        agent_type: AgentType = "desktop",
+        pool_name: str = "default",
+        capabilities: Iterable[str] = (),
+        interval_seconds: float = 5.0,
+        hostname: str | None = None,
+        resources: Reader | None = None,
+        stop_if_refused: bool = False,
+    ) -> None:
+        self.identity = fresh() if identity is None else identity
+        self.hostname = socket.gethostname() if hostname is None else hostname
+        self._agent_type = agent_type
+        self._pool_name = pool_name
+        self._capabilities = list(capabilities)
+        self._status: AgentStatus = "online"
+        self._interval = interval_seconds
+        self._sequence = 0
+        self._due = asyncio.Event()
+        self._lease = liveness.lease(self.compose(None).interval_seconds)
+        self._resources = resources
+        self._link = Link(
+            url,
+            name=str(self.identity.agent_id),
+            prepare=_await_heartbeats_exchange,
+            redial_cap_seconds=liveness.redial_cap(self._lease),
+            stop_if_refused=stop_if_refused,
+        )
+        self._publisher = Publisher(self._link)
+        self._warned_unroutable = -UNROUTABLE_SECONDS
+        self._stack = AsyncExitStack()
+        self._task: asyncio.Task[None]
+
+    async def __aenter__(self) -> Self:
+        if self._resources is None:
+            self._resources = await Reader.open()
+            self._stack.callback(self._resources.close)
+        await self._stack.enter_async_context(self._link)
+        self._task = asyncio.create_task(self._beat(), name="heartbeats")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, ChiffonError):
+            await self._task
+        await self._farewell()
+        await self._stack.aclose()
+
+    @property
+    def status(self) -> AgentStatus:
+        """What the agent says of itself; setting it sends a heartbeat at once."""
+        return self._status
+
+    @status.setter
+    def status(self, status: AgentStatus) -> None:
+        before, self._status = self._status, status
+        self._refuse_or_send(lambda: setattr(self, "_status", before))
+
+    @property
+    def capabilities(self) -> list[str]:
+        """Words that planners may ask for; setting them sends a heartbeat at once."""
+        return list(self._capabilities)
+
+    @capabilities.setter
+    def capabilities(self, capabilities: Iterable[str]) -> None:
+        before, self._capabilities = self._capabilities, list(capabilities)
+        self._refuse_or_send(lambda: setattr(self, "_capabilities", before))
+
+    async def wait(self) -> None:
+        """Wait for as long as heartbeats are sent.
+
+        Raises:
+            BusRefused: The broker refused us and the agent was made with ``stop_if_refused``.
+        """
+        await asyncio.shield(self._task)
+
+    async def send_heartbeat(self) -> StatusUpdate:
+        """Read the host, publish one heartbeat now and wait for the broker's confirm.
+
+        Returns:
+            What was sent.
+
+        Raises:
+            Unroutable: No queue takes heartbeats: the broker lost its binding.
+            BusUnavailable: No connection, or no confirm, within 3 s. The connection is dropped
+                and dialled again, unless an alarm of the broker blocks it.
+        """
+        update = self.compose(await self._read())
+        await self._publish(update)
+        return update
+
+    def compose(self, resources: ResourceMetrics | None) -> StatusUpdate:
+        """Return the next heartbeat as it would be sent now, with these readings."""
+        return StatusUpdate(
+            agent_id=self.identity.agent_id,
+            agent_type=self._agent_type,
+            pool_name=self._pool_name,
+            capabilities=self._capabilities,
+            status=self._status,
+            hostname=self.hostname,
+            agent_version=__version__,
+            incarnation=self.identity.incarnation,
+            sequence=self._sequence + 1,
+            sent_at=datetime.now(UTC),
+            interval_seconds=self._interval,
+            resources=resources,
+        )
+
+    def _refuse_or_send(self, undo: Callable[[], None]) -> None:
+        try:
+            self.compose(None)
+        except ValueError:
+            undo()
+            raise
+        self._due.set()
+
+    async def _read(self) -> ResourceMetrics:
+        if self._resources is None:
+            raise RuntimeError("enter the agent's context first: async with BaseAgent(...)")
+        try:
+            return await self._resources.read()
+        except Exception as error:
+            # Whatever a probe runs into, the agent is alive, and says so.
+            log.exception("the probes failed")
+            return ResourceMetrics(probe_errors=[f"the probes failed: {type(error).__name__}"])
+
+    async def _publish(self, update: StatusUpdate) -> None:
+        self._sequence = update.sequence
+        lifetime = None if update.is_farewell else str(int(self._lease * 1_000))
+        try:
+            await self._publisher.publish(
+                encode(update),
+                exchange=HEARTBEATS,
+                routing_key=routing_key(update),
+                properties=Properties(
+                    message_type=STATUS_UPDATE,
+                    content_type="application/json",
+                    delivery_mode=2 if update.is_farewell else 1,
+                    expiration=lifetime,
+                ),
+                timeout=CONFIRM_SECONDS,
+            )
+        except Unroutable:
+            raise
+        except BusUnavailable as error:
+            session = self._link.current
+            if session is not None and not session.is_blocked:
+                session.drop(str(error))
+            raise
+        self._link.works()
+
+    async def _beat(self) -> None:
+        while True:
+            session = await self._link.session()
+            self._due.clear()
+            try:
+                await self.send_heartbeat()
+            except Unroutable as error:
+                self._warn_unroutable(error)
+            except BusUnavailable as error:
+                log.warning("heartbeat %d not confirmed: %s", self._sequence, error)
+                await session.unblocked()
+                continue
+            await self._pause(session)
+
+    async def _pause(self, session: Session) -> None:
+        """Wait until the next heartbeat is due: by time, by a change, or by a new connection."""
+        due: asyncio.Future[Any] = asyncio.ensure_future(self._due.wait())
+        try:
+            await asyncio.wait(
+                {due, session.lost},
+                timeout=self._interval * random.uniform(1 - JITTER, 1 + JITTER),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            due.cancel()
+
+    def _warn_unroutable(self, error: Unroutable) -> None:
+        now = time.monotonic()
+        if now - self._warned_unroutable >= UNROUTABLE_SECONDS:
+            self._warned_unroutable = now
+            log.warning("heartbeats are lost: %s; see `chiffon bus check`", error)
+
+    async def _farewell(self) -> None:
+        """Say that we stop; the broker has 3 s to confirm it."""
+        self._status = "offline"
+        try:
+            await self._publish(self.compose(None))
+        except BusUnavailable as error:
+            log.warning("no farewell: %s", error)
+
+
+async def _await_heartbeats_exchange(session: Session) -> None:
+    await await_exchange(session, HEARTBEATS)
+
+
+async def run(settings: Settings) -> None:
+    """Be this host's agent until SIGTERM or SIGINT, then say farewell.
+
+    Raises:
+        BadConfiguration: The settings cannot work, or another agent runs on the state folder.
+        BusRefused: The broker does not let us in.
+    """
+    with claim(settings.state_folder) as who:
+        agent = _agent(settings, who)
+        stopped = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+        async with agent:
+            log.info(
+                "agent %s on %s, broker %s",
+                who.agent_id,
+                agent.hostname,
+                describe(settings.amqp_url),
+            )
+            beating = asyncio.ensure_future(agent.wait())
+            stopping: asyncio.Future[Any] = asyncio.ensure_future(stopped.wait())
+            await asyncio.wait({beating, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            if beating.done():
+                await beating
+            beating.cancel()
+    log.info("agent %s stopped", who.agent_id)
+
+
+async def preview(settings: Settings) -> StatusUpdate:
+    """Return the heartbeat that this host's agent would send, and send nothing.
+
+    The agent may be running meanwhile; a host that has none yet gets an id that is not kept.
+
+    Raises:
+        BadConfiguration: The settings cannot work, or the kept identity is not readable.
+    """
+    agent = _agent(settings, peek(settings.state_folder) or fresh())
+    reader = await Reader.open()
+    try:
+        return agent.compose(await reader.read())
+    finally:
+        reader.close()
+
+
+def _agent(settings: Settings, who: Identity) -> BaseAgent:
+    return BaseAgent(
+        settings.amqp_url.get_secret_value(),
+        identity=who,
+        agent_type=settings.agent_type,
+        pool_name=settings.pool_name,
+        capabilities=settings.capabilities,
+        interval_seconds=settings.heartbeat_interval_seconds,
+        stop_if_refused=True,
+    )
+
+
+def main() -> int:
+    """Run the agent without the command line's libraries; returns the exit code."""
+    try:
+        settings = load()
+        configure(settings.log_format, settings.log_level)
+        asyncio.run(run(settings))
+    except ChiffonError as error:
+        print(f"chiffon agent: {error}", file=sys.stderr)
+        return exit_code(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""What can be taken: the rules, and the one service that applies them to the registry.
+
+``Capacity`` is the interface. ``OrchestratorService`` answers from the registry,
+``planner.PlannerClient`` asks one over AMQP: the same questions, answers and errors.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, Protocol
+from uuid import UUID
+
+import asyncpg
+from pydantic import ValidationError
+
+from chiffon.errors import AgentNotFoundError
+from chiffon.messages import (
+    MAX_OFFERS,
+    SCALAR_METRICS,
+    AgentCapacity,
+    CapacityOffers,
+    CapacityQuery,
+    Offer,
+    first_problem,
+)
+from chiffon.registry import AgentRow, Registry
+
+log = logging.getLogger(__name__)
+
+_WHOLE = {"cpu_cores_physical", "cpu_cores_available"}
+
+
+class Capacity(Protocol):
+    """The capacity questions, wherever they are answered."""
+
+    async def find(self, query: CapacityQuery) -> CapacityOffers:
+        """Return the agents that can take ``query`` now, best first; none is a good answer."""
+        ...
+
+    async def show(self, agent_id: UUID) -> AgentCapacity:
+        """Return what one agent last reported.
+
+        Raises:
+            AgentNotFoundError: It is not in the registry.
+        """
+        ...
+
+
+class OrchestratorService:
+    """Answers capacity questions from the registry.
+
+    Args:
+        registry: Where the fleet is; all methods raise ``RegistryUnavailable`` when it is away.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    async def find(self, query: CapacityQuery) -> CapacityOffers:
+        """Return the agents that can take ``query`` now, best first.
+
+        Offline, busy, drained and silent agents are never offered, nor those whose metrics are
+        absent or malformed (a warning names them).
+
+        Args:
+            query: The needs; cores are whole cores, sizes GiB.
+
+        Returns:
+            At most ``query.limit`` offers. Matches are counted up to the limit, with
+            ``query.explain`` up to 1,000; ``total_relation`` is ``gte`` beyond that.
+        """
+        most = MAX_OFFERS if query.explain else query.limit
+        found = await self._registry.find(query, most + 1)
+        for agent_id in found.malformed:
+            log.warning("agent %s is not offered: its metrics are malformed", agent_id)
+        offers = [offer for row in found.rows if (offer := _offer(row)) is not None]
+        return CapacityOffers(
+            as_of=found.as_of,
+            degraded=found.degraded,
+            total_matches=min(len(offers), most),
+            total_relation="gte" if len(offers) > most else "eq",
+            agents=offers[: query.limit],
+        )
+
+    async def show(self, agent_id: UUID) -> AgentCapacity:
+        """Return what one agent last reported.
+
+        Raises:
+            AgentNotFoundError: It is not in the registry.
+        """
+        row = await self._registry.show(agent_id)
+        if row is None:
+            raise AgentNotFoundError(agent_id)
+        return describe(row)
+
+    async def get_agent_capacity(self, agent_id: UUID | str) -> dict[str, Any]:
+        """Return ``show`` as a dict: ``agent_id``, ``status``, ten metrics, ``timestamp``, age.
+
+        Raises:
+            ValueError: ``agent_id`` is a text that is not a UUID.
+            AgentNotFoundError: It is not in the registry.
+        """
+        answer = await self.show(UUID(str(agent_id)))
+        log.debug("Capacity of agent %s: %s", agent_id, answer)
+        return answer.model_dump(mode="json")
+
+    async def get_available_capacity(
+        self, min_gpu_vram_gb: float = 0.0, min_cpu_cores: int = 1, **filters: Any
+    ) -> list[dict[str, Any]]:
+        """Return the offers of ``find`` as a list of dicts, best first.
+
+        Args:
+            min_gpu_vram_gb: Free VRAM in GiB, at least 0.
+            min_cpu_cores: Free whole cores, at least 0.
+            **filters: Other fields of ``CapacityQuery``.
+
+        Raises:
+            pydantic.ValidationError: A value is out of range; it is a ``ValueError``.
+        """
+        query = CapacityQuery(
+            min_gpu_vram_gb=min_gpu_vram_gb, min_cpu_cores=min_cpu_cores, **filters
+        )
+        offers = await self.find(query)
+        log.info(
+            "Found %d agents with capacity (min_gpu=%sGB, min_cpu=%d)",
+            len(offers.agents),
+            query.min_gpu_vram_gb,
+            query.min_cpu_cores,
+        )
+        return [offer.model_dump(mode="json") for offer in offers.agents]
+
+
+def describe(row: AgentRow) -> AgentCapacity:
+    """Return one agent's capacity as the contract has it.
+
+    An agent that never reported metrics has zeros. A value that is not of the contract's type is
+    unknown (``None``), never a number made up.
+    """
+    if row.resource_metrics == {}:
+        metrics: dict[str, Any] = {**dict.fromkeys(SCALAR_METRICS, 0), "gpu_type": "none"}
+    else:
+        metrics = _scalars(row.resource_metrics)
+    return AgentCapacity(
+        agent_id=row.agent_id,
+        status=row.status,
+        timestamp=row.last_heartbeat_at,
+        heartbeat_age_seconds=row.age_seconds,
+        **metrics,
+    )
+
+
+def _offer(row: asyncpg.Record) -> Offer | None:
+    metrics = _scalars(json.loads(row["resource_metrics"]))
+    received: datetime = row["last_heartbeat_at"]
+    try:
+        return Offer(
+            agent_id=row["agent_id"],
+            agent_type=row["agent_type"],
+            pool_name=row["pool_name"],
+            hostname=row["hostname"],
+            status=row["status"],
+            gpu_type=metrics["gpu_type"],
+            gpu_vram_available_gb=metrics["gpu_vram_available_gb"],
+            gpu_vram_total_gb=metrics["gpu_vram_total_gb"],
+            cpu_cores_available=metrics["cpu_cores_available"],
+            cpu_load_1min=metrics["cpu_load_1min"],
+            memory_available_gb=metrics["memory_available_gb"],
+            performance_score=row["performance_score"],
+            last_heartbeat_at=received,
+            heartbeat_age_seconds=max(row["age_seconds"], 0.0),
+        )
+    except ValidationError as error:
+        log.warning("agent %s is not offered: %s", row["agent_id"], first_problem(error))
+        return None
+
+
+def _scalars(metrics: Any) -> dict[str, Any]:
+    """Return the ten metrics of a row that anyone may have written.
+
+    A key that is not there counts as no free VRAM and one free core, and is otherwise unknown.
+    """
+    written = metrics if isinstance(metrics, Mapping) else {}
+    missing = {"gpu_vram_available_gb": 0.0, "cpu_cores_available": 1}
+    return {key: _sound(key, written.get(key, missing.get(key))) for key in SCALAR_METRICS}
+
+
+def _sound(key: str, value: Any) -> Any:
+    if key == "gpu_type":
+        return value if isinstance(value, str) else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return int(value) if key in _WHOLE else float(value)

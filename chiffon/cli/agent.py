@@ -1,0 +1,73 @@
+"""``chiffon agent``: this machine's agent."""
+
+from typing import Annotated
+
+import typer
+
+from chiffon.cli.output import FormatOption, show_one
+
+app = typer.Typer(help="This machine's agent.", no_args_is_help=True, rich_markup_mode=None)
+
+PoolOption = Annotated[str | None, typer.Option(help="The group this agent puts itself into.")]
+TypeOption = Annotated[
+    str | None, typer.Option(help="orchestrator, infra, desktop, code or research.")
+]
+CapabilitiesOption = Annotated[
+    str | None, typer.Option(help="Words that planners may ask for, separated by commas.")
+]
+IntervalOption = Annotated[float | None, typer.Option(help="Seconds between two heartbeats.")]
+
+
+@app.command()
+def run(
+    pool_name: PoolOption = None,
+    agent_type: TypeOption = None,
+    capabilities: CapabilitiesOption = None,
+    heartbeat_interval_seconds: IntervalOption = None,
+) -> None:
+    """Publish this machine's heartbeats until SIGTERM or Ctrl-C, then say farewell."""
+    import asyncio
+
+    from chiffon.agent import run as serve
+    from chiffon.logs import configure
+    from chiffon.settings import load
+
+    settings = load(
+        pool_name=pool_name,
+        agent_type=agent_type,
+        capabilities=capabilities,
+        heartbeat_interval_seconds=heartbeat_interval_seconds,
+    )
+    configure(settings.log_format, settings.log_level)
+    asyncio.run(serve(settings))
+
+
+@app.command()
+def probe(
+    pool_name: PoolOption = None,
+    agent_type: TypeOption = None,
+    capabilities: CapabilitiesOption = None,
+    heartbeat_interval_seconds: IntervalOption = None,
+    output: FormatOption = None,
+) -> None:
+    """Print the heartbeat that would be sent, and send nothing."""
+    import asyncio
+    import json
+    import sys
+
+    from chiffon.agent import preview
+    from chiffon.cli.output import Format
+    from chiffon.messages import encode
+    from chiffon.settings import load
+
+    settings = load(
+        pool_name=pool_name,
+        agent_type=agent_type,
+        capabilities=capabilities,
+        heartbeat_interval_seconds=heartbeat_interval_seconds,
+    )
+    body = encode(asyncio.run(preview(settings))).decode()
+    if output in (Format.json, Format.jsonl):
+        sys.stdout.write(f"{body}\n")
+    else:
+        show_one(json.loads(body), output)

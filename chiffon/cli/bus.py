@@ -1,0 +1,57 @@
+"""``chiffon bus``: what chiffon has on the broker."""
+
+import typer
+
+from chiffon.cli.output import Column, FormatOption, note, show_many
+
+app = typer.Typer(
+    help="Exchanges, queues and bindings on the broker.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+_COLUMNS = [
+    Column("KIND", lambda row: str(row["kind"])),
+    Column("NAME", lambda row: str(row["name"])),
+    Column("VERDICT", lambda row: str(row["verdict"])),
+    Column("DETAIL", lambda row: str(row["detail"])),
+]
+
+
+@app.command()
+def declare() -> None:
+    """Declare every exchange, queue and binding; twice is the same as once."""
+    import asyncio
+
+    from chiffon.bus import dial_any
+    from chiffon.provisioning import declare as put
+    from chiffon.settings import load
+
+    url = load().amqp_url.get_secret_value()
+
+    async def work() -> None:
+        session = await dial_any(url, "chiffon bus declare")
+        try:
+            await put(session)
+        finally:
+            await session.close()
+
+    asyncio.run(work())
+    note("the topology is on the broker")
+
+
+@app.command()
+def check(output: FormatOption = None) -> None:
+    """Compare the broker with the topology. Exit code 3 if something is not as it should be."""
+    import asyncio
+    from dataclasses import asdict
+
+    from chiffon.bus import dial_any
+    from chiffon.provisioning import check as compare
+    from chiffon.settings import load
+
+    url = load().amqp_url.get_secret_value()
+    findings = asyncio.run(compare(lambda: dial_any(url, "chiffon bus check")))
+    show_many([asdict(finding) for finding in findings], _COLUMNS, output)
+    if any(finding.verdict != "ok" for finding in findings):
+        raise typer.Exit(3)

@@ -1,0 +1,155 @@
+"""``chiffon fleet``: all agents, as the registry has them."""
+
+import json
+import sys
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Annotated, Any
+from uuid import UUID
+
+import typer
+
+from chiffon.cli.output import Format, FormatOption, note, print_plain, show_many, show_one, table
+from chiffon.cli.rows import FLEET, agent_data
+
+if TYPE_CHECKING:
+    from chiffon.registry import Registry
+
+app = typer.Typer(
+    help="All agents, as the registry has them.", no_args_is_help=True, rich_markup_mode=None
+)
+
+StatusOption = Annotated[str | None, typer.Option(help="online, busy or offline.")]
+PoolOption = Annotated[str | None, typer.Option(help="A pool.")]
+TypeOption = Annotated[str | None, typer.Option(help="A type.")]
+Data = dict[str, Any]
+
+
+@app.command("list")
+def list_agents(
+    status: StatusOption = None,
+    pool_name: PoolOption = None,
+    agent_type: TypeOption = None,
+    output: FormatOption = None,
+) -> None:
+    """List the agents, by pool and host."""
+    import asyncio
+
+    async def read() -> list[Data]:
+        async with _registry() as registry:
+            return await _agents(registry, status, pool_name, agent_type)
+
+    agents = asyncio.run(read())
+    show_many(agents, FLEET, output)
+    if not agents:
+        note("no agent is known")
+
+
+@app.command()
+def show(
+    agent: Annotated[UUID, typer.Argument(help="The agent's id.")], output: FormatOption = None
+) -> None:
+    """Show all that is known of one agent. Exit code 3 if there is no such agent."""
+    import asyncio
+
+    from chiffon.errors import AgentNotFoundError
+
+    async def read() -> Data:
+        async with _registry() as registry:
+            found = await registry.show(agent)
+            if found is None:
+                raise AgentNotFoundError(agent)
+            return agent_data(found)
+
+    show_one(asyncio.run(read()), output)
+
+
+@app.command()
+def watch(
+    status: StatusOption = None,
+    pool_name: PoolOption = None,
+    agent_type: TypeOption = None,
+    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
+    output: FormatOption = None,
+) -> None:
+    """Show the agents and keep showing them until Ctrl-C.
+
+    On a terminal the table is redrawn. Elsewhere, and with -o jsonl, each agent is printed once
+    and again whenever it has changed.
+    """
+    import asyncio
+
+    if output is Format.json:
+        raise typer.BadParameter("watch never ends; use -o jsonl, an object a line")
+    live = output is None and sys.stdout.isatty()
+    follow = _redraw if live or output is Format.table else _stream(output)
+
+    async def run() -> None:
+        async with _registry() as registry:
+            await follow(_looks(registry, (status, pool_name, agent_type), interval))
+
+    try:
+        asyncio.run(run())
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None
+
+
+async def _looks(
+    registry: "Registry", filters: tuple[str | None, str | None, str | None], interval: float
+) -> AsyncIterator[list[Data]]:
+    """Yield the fleet again and again; trouble with the database is told and waited out."""
+    import asyncio
+
+    from chiffon.errors import RegistryRefused, RegistryUnavailable
+
+    while True:
+        try:
+            yield await _agents(registry, *filters)
+        except RegistryRefused:
+            raise
+        except RegistryUnavailable as error:
+            note(f"{error}; trying again")
+        await asyncio.sleep(interval)
+
+
+async def _redraw(looks: AsyncIterator[list[Data]]) -> None:
+    from rich.live import Live
+
+    with Live(auto_refresh=False, screen=sys.stdout.isatty()) as display:
+        async for agents in looks:
+            display.update(table(agents, FLEET), refresh=True)
+
+
+def _stream(output: Format | None) -> Callable[[AsyncIterator[list[Data]]], Any]:
+    def line(agent: Data) -> None:
+        if output is Format.jsonl:
+            print(json.dumps(agent), flush=True)
+        else:
+            print_plain([[column.cell(agent) for column in FLEET]])
+
+    async def follow(looks: AsyncIterator[list[Data]]) -> None:
+        if output is None:
+            print_plain([[column.title for column in FLEET]])
+        seen: dict[str, tuple[Any, ...]] = {}
+        async for agents in looks:
+            for agent in agents:
+                state = (agent["status"], agent["is_silent"], agent["last_heartbeat_at"])
+                if seen.get(agent["agent_id"]) != state:
+                    seen[agent["agent_id"]] = state
+                    line(agent)
+
+    return follow
+
+
+def _registry() -> Any:
+    from chiffon.registry import Registry
+    from chiffon.settings import load
+
+    return Registry.open(load().database_url.get_secret_value())
+
+
+async def _agents(
+    registry: "Registry", status: str | None, pool_name: str | None, agent_type: str | None
+) -> list[Data]:
+    return [
+        agent_data(agent) for agent in await registry.list_agents(status, pool_name, agent_type)
+    ]

@@ -1,0 +1,22 @@
+"""``chiffon schema``: the contract for programs."""
+
+import typer
+
+app = typer.Typer(
+    help="The wire contract, for programs.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+@app.callback()
+def _group() -> None:
+    pass
+
+
+@app.command()
+def jsonschema() -> None:
+    """Print the JSON Schema of every message."""
+    import json
+
+    from chiffon.messages import json_schema
+
+    print(json.dumps(json_schema(), indent=2))

@@ -1,0 +1,57 @@
+"""Setting a refused message aside, with its reason, where it can be looked at and replayed.
+
+``basic.reject`` cannot carry a text, so what we refuse we publish ourselves to the dead letters
+and acknowledge the original after the confirm.
+"""
+
+from aiormq.abc import DeliveredMessage
+
+from chiffon.bus import Link, Properties, Publisher
+from chiffon.messages import Refusal
+from chiffon.topology import (
+    DEAD_LETTER_HEADER,
+    DEAD_LETTERS,
+    ORIGIN_EXCHANGE_HEADER,
+    ORIGIN_KEY_HEADER,
+    REASON_HEADER,
+)
+
+CONFIRM_SECONDS = 2.0
+
+
+class DeadLetters:
+    """Puts messages among the dead letters.
+
+    Args:
+        outgoing: The connection to publish on.
+    """
+
+    def __init__(self, outgoing: Link) -> None:
+        self._publisher = Publisher(outgoing)
+
+    async def set_aside(self, message: DeliveredMessage, refusal: Refusal) -> None:
+        """Publish a refused message, or a refused part of one, and wait for the confirm.
+
+        The headers say why, and which exchange and key it came by.
+
+        Raises:
+            BusUnavailable: Not confirmed within 2 s.
+        """
+        original = message.header.properties
+        await self._publisher.publish(
+            refusal.body,
+            exchange=DEAD_LETTERS,
+            routing_key=message.routing_key or "",
+            properties=Properties(
+                delivery_mode=2,
+                message_type=original.message_type,
+                content_type=original.content_type,
+                headers={
+                    DEAD_LETTER_HEADER: "1",
+                    REASON_HEADER: refusal.reason,
+                    ORIGIN_EXCHANGE_HEADER: message.exchange or "",
+                    ORIGIN_KEY_HEADER: message.routing_key or "",
+                },
+            ),
+            timeout=CONFIRM_SECONDS,
+        )

@@ -1,0 +1,278 @@
+"""``chiffon up``: broker, database, migrations, orchestrator and this host's agent, together.
+
+It is up when a capacity answer over AMQP holds this host's own fresh heartbeat: every part has
+then done its work once. While it runs, its addresses stand in the state folder, where every
+other chiffon command finds them.
+"""
+
+import asyncio
+import fcntl
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from chiffon import identity, migrations
+from chiffon.embedded import postgres, rabbitmq
+from chiffon.embedded.children import Child
+from chiffon.errors import AlreadyUp, BadConfiguration, ChiffonError, ChildFailed
+from chiffon.messages import MAX_OFFERS, CapacityOffers, CapacityQuery
+from chiffon.planner import PlannerClient
+from chiffon.registry import AgentRow, Registry
+from chiffon.settings import PREFIX, UP_FILE, UP_LOCK, Settings
+
+START_SECONDS = 60.0
+STOP_SECONDS = 12.0
+LONGEST_RESTART_PAUSE_SECONDS = 30.0
+STEADY_SECONDS = 60.0
+"""A process that ran this long before it ended is restarted at once."""
+
+_GIVE_UP = {77, 78}
+"""Exit codes that another try will not change: access refused, bad configuration."""
+
+Progress = Callable[[str], None]
+
+EVERYTHING = CapacityQuery(min_cpu_cores=0, agent_type=None, limit=MAX_OFFERS)
+
+
+@dataclass(frozen=True)
+class Up:
+    """The system when it is up: the fleet, the capacity answer, and the addresses."""
+
+    agents: list[AgentRow]
+    offers: CapacityOffers
+    urls: dict[str, str]
+
+
+Ready = Callable[[Up], None]
+Result = TypeVar("Result")
+
+
+async def run(
+    settings: Settings, *, progress: Progress, ready: Callable[[Up], None], once: bool
+) -> None:
+    """Bring everything up, call ``ready``, and keep it up until SIGINT or SIGTERM.
+
+    Args:
+        settings: A broker or database that the environment names is used as it is.
+        progress: Told in one line what is going on.
+        ready: Called once, when the system has shown that it works.
+        once: Stop then, instead of waiting for a signal.
+
+    Raises:
+        AlreadyUp: One runs already.
+        BadConfiguration: RabbitMQ or PostgreSQL is not installed, or a setting cannot work.
+        ChildFailed: A part did not start, or broker or database ended; with its last log lines.
+    """
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    serving = asyncio.create_task(_serve(settings, progress, ready, once))
+    stopping = asyncio.create_task(stopped.wait())
+    try:
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+        if not serving.done():
+            progress("stopping")
+            serving.cancel()
+    with suppress(asyncio.CancelledError):
+        await serving
+
+
+async def _serve(
+    settings: Settings, progress: Progress, ready: Callable[[Up], None], once: bool
+) -> None:
+    folder = settings.state_folder
+    async with AsyncExitStack() as stack:
+        stack.enter_context(_alone(folder))
+        amqp_url, management_url, database_url, servers = await _servers(settings, stack, progress)
+        await migrations.upgrade(database_url)
+        urls = {"amqp_url": amqp_url, "database_url": database_url}
+        if management_url is not None:
+            urls["management_url"] = management_url
+        processes = await stack.enter_async_context(_processes(folder, urls))
+        stack.enter_context(_address_file(folder, urls))
+        progress("waiting for this host's first heartbeat in a capacity answer")
+        ready(await _while_running(servers, _proof(folder, urls, processes)))
+        if not once:
+            await _while_running(servers, _keep(processes, progress))
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the state folder's lock: one ``up`` a folder."""
+    try:
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        lock = (folder / UP_LOCK).open("w")
+    except OSError as error:
+        raise BadConfiguration(
+            f"the state folder {folder} cannot be used: {error.strerror}; set CHIFFON_STATE_DIR"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AlreadyUp(
+                f"a `chiffon up` runs already on {folder}; `chiffon fleet list` shows its fleet. "
+                "A second one needs its own CHIFFON_STATE_DIR"
+            ) from None
+        yield
+
+
+async def _servers(
+    settings: Settings, stack: AsyncExitStack, progress: Progress
+) -> tuple[str, str | None, str, list[Child]]:
+    """Start the private servers that the settings do not name, both at once."""
+    amqp_url = settings.amqp_url.get_secret_value()
+    database_url = settings.database_url.get_secret_value()
+    management = settings.management_url
+    management_url = management.get_secret_value() if management is not None else None
+    children: list[Child] = []
+    own_broker = "amqp_url" not in settings.model_fields_set
+    if own_broker:
+        rabbitmq.server_program()  # says what is missing before anything is started
+    if "database_url" not in settings.model_fields_set:
+        progress("starting PostgreSQL")
+        database = await stack.enter_async_context(postgres.run(settings.state_folder))
+        database_url = database.url
+        children.append(database.child)
+    if own_broker:
+        progress("starting RabbitMQ")
+        broker = await stack.enter_async_context(rabbitmq.run(settings.state_folder))
+        amqp_url, management_url = broker.amqp_url, broker.management_url
+        children.append(broker.child)
+    return amqp_url, management_url, database_url, children
+
+
+@contextmanager
+def _address_file(folder: Path, urls: dict[str, str]) -> Iterator[None]:
+    """Write our addresses down for other commands, for as long as we run."""
+    path = folder / UP_FILE
+    path.unlink(missing_ok=True)
+    lines = [f"{PREFIX}{name.upper()}={url}\n" for name, url in urls.items()]
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write("".join(lines))
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+class _Process:
+    """One of chiffon's own processes, restarted with back-off when it ends."""
+
+    def __init__(self, name: str, folder: Path, environment: dict[str, str]) -> None:
+        self.name = name
+        self._folder = folder
+        self._environment = environment
+        self._pause = 0.5
+        self.started = 0.0
+        self.child: Child
+
+    async def start(self) -> None:
+        self.started = time.monotonic()
+        self.child = await Child.start(
+            self.name,
+            [sys.executable, "-m", "chiffon", self.name, "run"],
+            log=self._folder / f"{self.name}.log",
+            environment=self._environment,
+            death_signal=signal.SIGTERM,
+        )
+
+    async def keep(self, progress: Progress) -> None:
+        """Restart it for as long as it ends."""
+        while True:
+            ended = await self.child.ended()
+            if time.monotonic() - self.started > STEADY_SECONDS:
+                self._pause = 0.5
+            progress(f"{str(ended).splitlines()[0]}; restarting in {self._pause:g} s")
+            await asyncio.sleep(self._pause)
+            self._pause = min(self._pause * 2, LONGEST_RESTART_PAUSE_SECONDS)
+            await self.start()
+
+
+@asynccontextmanager
+async def _processes(folder: Path, urls: dict[str, str]) -> AsyncIterator[list[_Process]]:
+    environment = {
+        **os.environ,
+        **{f"{PREFIX}{name.upper()}": url for name, url in urls.items()},
+        f"{PREFIX}STATE_DIR": str(folder),
+    }
+    processes = [_Process(name, folder, environment) for name in ("orchestrator", "agent")]
+    try:
+        for process in processes:
+            await process.start()
+        yield processes
+    finally:
+        # The agent first, so that its farewell is still recorded.
+        for process in reversed(processes):
+            await process.child.stop(signal.SIGTERM, STOP_SECONDS)
+
+
+async def _proof(folder: Path, urls: dict[str, str], processes: list[_Process]) -> Up:
+    """Wait for a capacity answer with this host's own fresh heartbeat in it."""
+    last: Exception | None = None
+    async with (
+        PlannerClient.open(urls["amqp_url"], name="chiffon up") as planner,
+        Registry.open(urls["database_url"]) as registry,
+    ):
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            await _restart_or_give_up(processes)
+            try:
+                offers = await planner.find(EVERYTHING, timeout=2)
+                if _has_own(offers, folder, time.monotonic() - processes[-1].started):
+                    agents = await registry.list_agents()
+                    return Up(agents=agents, offers=offers, urls=urls)
+            except ChiffonError as error:
+                last = error
+            await asyncio.sleep(0.1)
+    logs = "\n".join(process.child.last_words() for process in processes)
+    raise ChildFailed(
+        f"no capacity answer had this host's heartbeat within {START_SECONDS:g} s"
+        f" ({last or 'answers came, without it'})\n{logs}"
+    )
+
+
+async def _restart_or_give_up(processes: list[_Process]) -> None:
+    for process in processes:
+        code = process.child.process.returncode
+        if code in _GIVE_UP:
+            raise await process.child.ended()
+        if code is not None:
+            await process.start()
+
+
+def _has_own(offers: CapacityOffers, folder: Path, running_seconds: float) -> bool:
+    own = identity.peek(folder)
+    return own is not None and any(
+        offer.agent_id == own.agent_id and offer.heartbeat_age_seconds < running_seconds
+        for offer in offers.agents
+    )
+
+
+async def _while_running(servers: list[Child], work: Coroutine[Any, Any, Result]) -> Result:
+    """Return what ``work`` returns, unless broker or database ends before."""
+    working = asyncio.ensure_future(work)
+    ending = [asyncio.ensure_future(server.ended()) for server in servers]
+    try:
+        either: set[asyncio.Future[Any]] = {working, *ending}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        for server in ending:
+            if server.done():
+                raise server.result()
+        return await working
+    finally:
+        for task in (working, *ending):
+            task.cancel()
+
+
+async def _keep(processes: list[_Process], progress: Progress) -> None:
+    """Restart what ends, for as long as we run."""
+    await asyncio.gather(*(process.keep(progress) for process in processes))

@@ -1,0 +1,169 @@
+"""Every exception chiffon raises on purpose.
+
+* ChiffonError
+    * BadMessage             a body that is not the message it says it is
+    * BadConfiguration       a setting that cannot work
+    * ProbeError             hardware is present but could not be read
+    * AgentNotFoundError     no such agent in the registry
+    * RegistryUnavailable    PostgreSQL cannot be reached, or not in time
+        * RegistryRefused    it answered, and would not let us in
+        * TablesMissing      it lacks our tables, or has older ones
+    * RowRefused             PostgreSQL would not take a value that our own checks let through
+    * BusUnavailable         the broker cannot be reached, or did not confirm in time
+        * BusRefused         it answered, and would not let us in
+        * TopologyMissing    an exchange or queue is not there yet
+        * TopologyMismatch   it is there, with other arguments
+        * Unroutable         the broker confirmed that no queue takes this message
+    * CapacityError          a capacity question was not answered
+        * NoResponders       nobody is listening for it
+        * CapacityTimeout    nothing came back in time
+        * CapacityRefused    carries the code of an ``error.v1``
+    * ChildFailed            a process that ``chiffon up`` started ended, or did not start
+    * AlreadyUp              another ``chiffon up`` runs on this state folder
+
+Messages say what happened, why, and what to do next, in one line, and never hold a password.
+"""
+
+import re
+from uuid import UUID
+
+
+class ChiffonError(Exception):
+    """The root: ``except ChiffonError`` catches whatever chiffon raises on purpose."""
+
+
+class BadMessage(ChiffonError):
+    """A body that is not the message it says it is.
+
+    Args:
+        reason: One line, safe to log: it names the field and echoes no more than a short,
+            escaped piece of the value.
+        code: The ``error.v1`` code that fits, where a reply is due.
+    """
+
+    def __init__(self, reason: str, code: str = "invalid_request") -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+class BadConfiguration(ChiffonError):
+    """A setting that cannot work; the message names it."""
+
+
+class ProbeError(ChiffonError):
+    """Hardware is present but could not be read; the message names the file or call."""
+
+
+class AgentNotFoundError(ChiffonError):
+    """No such agent in the registry."""
+
+    def __init__(self, agent_id: UUID) -> None:
+        super().__init__(f"agent {agent_id} is not in the registry")
+        self.agent_id = agent_id
+
+
+class RegistryUnavailable(ChiffonError):
+    """PostgreSQL cannot be reached, or did not answer in time."""
+
+
+class RegistryRefused(RegistryUnavailable):
+    """PostgreSQL answered and would not let us in: password, database name or rights."""
+
+
+class TablesMissing(RegistryUnavailable):
+    """PostgreSQL lacks our tables, or has those of an older chiffon."""
+
+
+class RowRefused(ChiffonError):
+    """PostgreSQL would not take a value that our own checks let through."""
+
+
+class BusUnavailable(ChiffonError):
+    """The broker cannot be reached, or did not confirm in time."""
+
+
+class BusRefused(BusUnavailable):
+    """The broker answered and would not let us in: password, virtual host or permission."""
+
+
+class TopologyMissing(BusUnavailable):
+    """An exchange or queue is not there (yet)."""
+
+
+class TopologyMismatch(BusUnavailable):
+    """An exchange or queue is there with other arguments than ours."""
+
+
+class Unroutable(BusUnavailable):
+    """The broker took the message and said that no queue is bound for it."""
+
+
+class CapacityError(ChiffonError):
+    """A capacity question was not answered."""
+
+
+class NoResponders(CapacityError):
+    """Nobody is listening for capacity questions. Known at once, without waiting."""
+
+
+class CapacityTimeout(CapacityError):
+    """Nothing came back in time; a responder may or may not have seen the question."""
+
+
+class CapacityRefused(CapacityError):
+    """A responder declined the question.
+
+    Args:
+        code: The machine-readable code of the ``error.v1`` reply.
+        message: Its sentence for people.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{message} ({code})")
+        self.code = code
+
+
+class ChildFailed(ChiffonError):
+    """A child process did not start, or ended; the message ends with its last log lines."""
+
+
+class AlreadyUp(ChiffonError):
+    """Another ``chiffon up`` runs on this state folder."""
+
+
+def exit_code(error: ChiffonError) -> int:
+    """Return the exit code of a process that ends with this error (design of ``sysexits.h``).
+
+    3 is a negative answer, 69 something that cannot be reached, 75 try again, 77 access refused,
+    78 bad configuration, 1 a fault of ours.
+    """
+    if isinstance(error, CapacityRefused):
+        return _EXIT_CODES_OF_REFUSALS.get(error.code, 1)
+    for kind in type(error).__mro__:
+        if kind in _EXIT_CODES:
+            return _EXIT_CODES[kind]
+    return 1
+
+
+_EXIT_CODES: dict[type, int] = {
+    AgentNotFoundError: 3,
+    NoResponders: 69,
+    BusUnavailable: 69,
+    RegistryUnavailable: 69,
+    ChildFailed: 69,
+    CapacityTimeout: 75,
+    AlreadyUp: 75,
+    BusRefused: 77,
+    RegistryRefused: 77,
+    TablesMissing: 78,
+    BadConfiguration: 78,
+    TopologyMismatch: 78,
+}
+_EXIT_CODES_OF_REFUSALS = {"invalid_request": 2, "unavailable": 69, "expired": 75}
+
+_PASSWORD = re.compile(r"(?<=://)([^:/@\s]*):[^/\s]*@")
+
+
+def masked(text: str) -> str:
+    """Return ``text`` with the password of every URL in it replaced by ``***``."""
+    return _PASSWORD.sub(r"\1:***@", text)

@@ -1,0 +1,300 @@
+"""The consumer that records heartbeats: in batches, and acknowledged after the commit.
+
+Deliveries only go into a buffer; the database work is done by a task of its own, since the
+library cancels its callbacks when a channel closes. While one batch commits, the next gathers,
+so batches are small when the fleet is quiet and large when there is much to do.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from uuid import UUID
+
+from aiormq.abc import DeliveredMessage
+
+from chiffon import liveness
+from chiffon.bus import Channel, Session, translated
+from chiffon.dead_letters import DeadLetters
+from chiffon.errors import BadMessage, BusUnavailable, RegistryUnavailable, RowRefused
+from chiffon.messages import (
+    CANARY,
+    STATUS_UPDATE,
+    Refusal,
+    StatusUpdate,
+    decode_heartbeats,
+    encode,
+)
+from chiffon.registry import Receipt, Registry, Stale
+from chiffon.topology import INGEST
+
+log = logging.getLogger(__name__)
+
+CANCEL_SECONDS = 2.0
+FIRST_PAUSE_SECONDS = 0.05
+LONGEST_PAUSE_SECONDS = 2.0
+"""Between two tries to commit while the database is away."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Delivery:
+    """A message as it came, and when: seconds on the monotonic clock."""
+
+    message: DeliveredMessage
+    received: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """What of a message is to be set aside."""
+
+    message: DeliveredMessage
+    refusals: Sequence[Refusal]
+
+
+@dataclass(slots=True)
+class _Reading:
+    """A batch, read: what is to be recorded, and what is to be set aside."""
+
+    newest: dict[UUID, tuple[StatusUpdate, _Delivery]] = field(default_factory=dict)
+    canary: _Delivery | None = None
+    refused: list[_Refused] = field(default_factory=list)
+
+    def add(self, update: StatusUpdate, delivery: _Delivery) -> None:
+        kept = self.newest.get(update.agent_id)
+        if kept is None or kept[0].order < update.order:
+            self.newest[update.agent_id] = (update, delivery)
+
+    def receipts(self, now: float) -> list[Receipt]:
+        """Return what is to be recorded now, in the order of the agents' ids.
+
+        A heartbeat that has outlived its lease here says nothing about the present, and is let
+        go; a farewell always counts.
+        """
+        return [
+            Receipt(update, now - delivery.received)
+            for _, (update, delivery) in sorted(self.newest.items())
+            if update.is_farewell
+            or now - delivery.received < liveness.lease(update.interval_seconds)
+        ]
+
+
+class Ingest:
+    """Records what the queue ``chiffon.ingest`` holds.
+
+    Args:
+        registry: Where heartbeats go.
+        dead_letters: Where refused messages go; never over the connection that consumes, as an
+            alarm stops acknowledgements on a connection that publishes.
+        batch_size: The most messages in one commit; twice as many are prefetched.
+        batch_seconds: How long a message may wait for others to share its commit.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        dead_letters: DeadLetters,
+        *,
+        batch_size: int = 500,
+        batch_seconds: float = 0.02,
+    ) -> None:
+        self._registry = registry
+        self._dead_letters = dead_letters
+        self._batch_size = batch_size
+        self._batch_seconds = batch_seconds
+        self._channel: Channel | None = None
+        self._consumer_tag: str | None = None
+        self._buffer: list[_Delivery] = []
+        self._arrived = asyncio.Event()
+        self._full = asyncio.Event()
+        self._stopping = False
+        self._named: dict[UUID, float] = {}
+
+    async def attach(self, session: Session) -> None:
+        """Start to consume on a new connection.
+
+        What the last one had delivered and we have not committed is delivered again.
+        """
+        self._channel = None
+        self._buffer.clear()
+        channel = await session.channel(confirms=False, prefetch=2 * self._batch_size)
+        channel.on_consumer_cancel_callbacks.add(
+            lambda _: session.drop(f"the broker cancelled the consumer of {INGEST}")
+        )
+        with translated(f"consuming {INGEST}"):
+            answer = await channel.basic_consume(INGEST, self._on_delivery)
+        self._consumer_tag = answer.consumer_tag
+        self._channel = channel
+        log.info("consuming %s", INGEST)
+
+    async def _on_delivery(self, message: DeliveredMessage) -> None:
+        self._buffer.append(_Delivery(message, time.monotonic()))
+        self._arrived.set()
+        if len(self._buffer) >= self._batch_size:
+            self._full.set()
+
+    async def run(self) -> None:
+        """Commit and acknowledge batches until ``stop`` is called and the buffer is empty."""
+        while True:
+            await self._arrived.wait()
+            if not self._stopping and len(self._buffer) < self._batch_size:
+                await self._wait_for_more()
+            batch, self._buffer = (
+                self._buffer[: self._batch_size],
+                self._buffer[self._batch_size :],
+            )
+            if batch:
+                await self._take(batch)
+            if not self._buffer:
+                if self._stopping:
+                    return
+                self._arrived.clear()
+            if len(self._buffer) < self._batch_size:
+                self._full.clear()
+
+    async def stop(self) -> None:
+        """Take no more deliveries; ``run`` ends once what is here is committed."""
+        self._stopping = True
+        if self._channel is not None and self._consumer_tag is not None:
+            try:
+                with translated("ending the consumer"):
+                    await self._channel.basic_cancel(self._consumer_tag, timeout=CANCEL_SECONDS)
+            except BusUnavailable as error:
+                log.debug("%s", error)
+        self._arrived.set()
+        self._full.set()
+
+    async def _wait_for_more(self) -> None:
+        try:
+            async with asyncio.timeout(self._batch_seconds):
+                await self._full.wait()
+        except TimeoutError:
+            pass
+
+    async def _take(self, batch: Sequence[_Delivery]) -> None:
+        reading = _read(batch)
+        await self._commit(reading)
+        rejected = [
+            refused.message.delivery_tag
+            for refused in reading.refused
+            if not await self._set_aside(refused)
+        ]
+        # The broker closes the channel at an acknowledgement of what was rejected already.
+        taken = [one.message for one in batch if one.message.delivery_tag not in rejected]
+        if taken:
+            await self._acknowledge(taken[-1])
+
+    async def _commit(self, reading: _Reading) -> None:
+        """Record a batch, trying again for as long as the database is away."""
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                await self._record(reading)
+                if reading.canary is not None:
+                    held = time.monotonic() - reading.canary.received
+                    await self._registry.mark_path_fresh(held)
+            except RegistryUnavailable as error:
+                log.warning("%s; %d agents' news waits", error, len(reading.newest))
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+            else:
+                return
+
+    async def _record(self, reading: _Reading) -> None:
+        receipts = reading.receipts(time.monotonic())
+        try:
+            self._report_stale(await self._registry.record(receipts))
+        except RowRefused:
+            for receipt in receipts:
+                await self._record_alone(receipt, reading)
+
+    async def _record_alone(self, receipt: Receipt, reading: _Reading) -> None:
+        try:
+            self._report_stale(await self._registry.record([receipt]))
+        except RowRefused as error:
+            update, delivery = reading.newest.pop(receipt.update.agent_id)
+            refusal = Refusal(encode(update), f"the database refused it: {error}")
+            reading.refused.append(_Refused(delivery.message, [refusal]))
+
+    def _report_stale(self, stale: Sequence[Stale]) -> None:
+        for one in stale:
+            if one.kept_incarnation is None or one.incarnation >= one.kept_incarnation:
+                continue
+            now = time.monotonic()
+            if now - self._named.get(one.agent_id, -60.0) >= 60.0:
+                self._named[one.agent_id] = now
+                log.warning(
+                    "agent %s sends heartbeats of an earlier start (%d, the registry has %d): a "
+                    "cloned disk, or a clock set back; mend: `chiffon fleet forget %s`",
+                    one.agent_id,
+                    one.incarnation,
+                    one.kept_incarnation,
+                    one.agent_id,
+                )
+
+    async def _set_aside(self, refused: _Refused) -> bool:
+        """Publish what was refused to the dead letters, each with its reason.
+
+        If that is not confirmed in time, the broker is told to set the whole message aside; it
+        cannot be told why. What of the message was good has been recorded, and to record it
+        again when it is replayed changes nothing.
+
+        Returns:
+            Whether the message is still to be acknowledged.
+        """
+        message, refusals = refused.message, refused.refusals
+        log.warning(
+            "set aside %d of a message with key %r: %s",
+            len(refusals),
+            message.routing_key,
+            refusals[0].reason,
+        )
+        try:
+            for refusal in refusals:
+                await self._dead_letters.set_aside(message, refusal)
+        except BusUnavailable as error:
+            log.warning("the dead letter was not confirmed (%s); rejecting the message", error)
+            return not await self._reject(message)
+        return True
+
+    async def _reject(self, message: DeliveredMessage) -> bool:
+        if message.channel is not self._channel or message.delivery_tag is None:
+            return False  # its connection is gone: it is delivered again, and refused again
+        try:
+            with translated("rejecting"):
+                await message.channel.basic_reject(message.delivery_tag, requeue=False)
+        except BusUnavailable as error:
+            log.debug("%s", error)
+        return True
+
+    async def _acknowledge(self, last: DeliveredMessage) -> None:
+        if last.channel is not self._channel or last.delivery_tag is None:
+            return  # its connection is gone: it is delivered again, and changes nothing
+        try:
+            with translated("acknowledging"):
+                await last.channel.basic_ack(last.delivery_tag, multiple=True)
+        except BusUnavailable as error:
+            log.debug("%s", error)
+
+
+def _read(batch: Sequence[_Delivery]) -> _Reading:
+    reading = _Reading()
+    for delivery in batch:
+        message = delivery.message
+        kind = message.header.properties.message_type
+        if kind == CANARY:
+            reading.canary = delivery
+            continue
+        try:
+            if kind != STATUS_UPDATE:
+                raise BadMessage(f"type {str(kind)[:64]!r} is not {STATUS_UPDATE}")
+            updates, refusals = decode_heartbeats(message.body, message.routing_key or "")
+        except BadMessage as error:
+            reading.refused.append(_Refused(message, [Refusal(message.body, str(error))]))
+            continue
+        for update in updates:
+            reading.add(update, delivery)
+        if refusals:
+            reading.refused.append(_Refused(message, refusals))
+    return reading

@@ -1,0 +1,114 @@
+"""The orchestrator: ingest, sweeper, canary and responder in one process.
+
+Any number may run on one broker and database; any may die at any time. Two connections: one
+consumes and acknowledges, the other publishes, since an alarm of the broker stops everything on
+a connection that publishes, acknowledgements included.
+"""
+
+import asyncio
+import logging
+import signal
+from contextlib import AsyncExitStack
+from typing import Any
+from uuid import uuid4
+
+from chiffon import migrations
+from chiffon.bus import Link, Session, dial_any
+from chiffon.capacity import OrchestratorService
+from chiffon.dead_letters import DeadLetters
+from chiffon.ingest import Ingest
+from chiffon.provisioning import ensure
+from chiffon.registry import Registry
+from chiffon.responder import Responder
+from chiffon.settings import Settings, describe
+from chiffon.sweeper import Canary, Sweeper
+
+log = logging.getLogger(__name__)
+
+DRAIN_SECONDS = 8.0
+"""For the last batch to be committed and acknowledged after SIGTERM."""
+
+
+async def run(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT; see ``serve``."""
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    await serve(settings, stopped)
+
+
+async def serve(settings: Settings, stopped: asyncio.Event) -> None:
+    """Serve until ``stopped``; then finish the batch at hand, acknowledge it and return.
+
+    Raises:
+        BusUnavailable: The broker cannot be reached at the start, or its topology cannot be used.
+        RegistryUnavailable: The database cannot be reached at the start, or has older tables.
+    """
+    amqp_url = settings.amqp_url.get_secret_value()
+    orchestrator_id = uuid4()
+    name = f"orchestrator {orchestrator_id}"
+
+    async def declare() -> None:
+        await ensure(lambda: dial_any(amqp_url, f"{name} declares"))
+
+    async with AsyncExitStack() as stack:
+        registry = await stack.enter_async_context(
+            Registry.open(settings.database_url.get_secret_value())
+        )
+        await migrations.require_head(registry)
+        await declare()
+        outgoing = await stack.enter_async_context(Link(amqp_url, name=f"{name} publishes"))
+        dead_letters = DeadLetters(outgoing)
+        ingest = Ingest(
+            registry,
+            dead_letters,
+            batch_size=settings.ingest_batch_size,
+            batch_seconds=settings.ingest_batch_seconds,
+        )
+        responder = Responder(
+            OrchestratorService(registry),
+            outgoing,
+            dead_letters,
+            reply_forms=settings.reply_forms,
+        )
+
+        async def consume(session: Session) -> None:
+            await declare()  # again: the broker may have come back empty
+            await ingest.attach(session)
+            await responder.attach(session)
+
+        await stack.enter_async_context(Link(amqp_url, name=f"{name} consumes", prepare=consume))
+        broker, database = describe(settings.amqp_url), describe(settings.database_url)
+        log.info("orchestrator %s: broker %s, database %s", orchestrator_id, broker, database)
+        sweeper = Sweeper(registry, interval_seconds=settings.sweep_interval_seconds)
+        await _run_parts(ingest, responder, sweeper, Canary(outgoing, orchestrator_id), stopped)
+    log.info("orchestrator %s stopped", orchestrator_id)
+
+
+async def _run_parts(
+    ingest: Ingest,
+    responder: Responder,
+    sweeper: Sweeper,
+    canary: Canary,
+    stopped: asyncio.Event,
+) -> None:
+    """Run the parts until ``stopped``, or until one of them ends, which is a bug and raised."""
+    recording = asyncio.create_task(ingest.run(), name="ingest")
+    parts: set[asyncio.Future[Any]] = {
+        recording,
+        asyncio.create_task(sweeper.run(), name="sweeper"),
+        asyncio.create_task(canary.run(), name="canary"),
+    }
+    stopping: asyncio.Future[Any] = asyncio.ensure_future(stopped.wait())
+    try:
+        await asyncio.wait({stopping, *parts}, return_when=asyncio.FIRST_COMPLETED)
+        if stopped.is_set():
+            await asyncio.gather(ingest.stop(), responder.stop())
+            await asyncio.wait({recording}, timeout=DRAIN_SECONDS)
+    finally:
+        ended = [part for part in parts if part.done()]
+        for task in (stopping, *parts):
+            task.cancel()
+        await asyncio.wait({stopping, *parts})
+    for part in ended:
+        part.result()

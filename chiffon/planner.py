@@ -1,0 +1,221 @@
+"""Asks for capacity over AMQP: the library class of whoever sends jobs to machines.
+
+    async with PlannerClient.open("amqp://user:password@host/vhost") as planner:
+        offers = await planner.find(CapacityQuery(min_gpu_vram_gb=20))
+
+One connection, one server-named reply queue, any number of questions at once. When the line is
+cut, open questions are asked again on the next connection, until their deadline.
+"""
+
+import asyncio
+import itertools
+import logging
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+from uuid import UUID
+
+from aiormq.abc import DeliveredMessage
+from pydantic import BaseModel
+
+from chiffon.bus import Channel, Link, Properties, Session, publish, translated
+from chiffon.errors import (
+    AgentNotFoundError,
+    BadMessage,
+    BusUnavailable,
+    CapacityRefused,
+    CapacityTimeout,
+    NoResponders,
+    Unroutable,
+)
+from chiffon.messages import (
+    CAPACITY_AGENT,
+    CAPACITY_FIND,
+    CAPACITY_OFFERS,
+    CAPACITY_SHOW,
+    ERROR,
+    MAX_REPLY_BYTES,
+    AgentCapacity,
+    CapacityOffers,
+    CapacityQuery,
+    CapacityShow,
+    ErrorReply,
+    decode,
+    encode,
+)
+from chiffon.provisioning import await_exchange
+from chiffon.topology import CAPACITY_KEY, DEADLINE_HEADER, RPC
+
+log = logging.getLogger(__name__)
+
+REDIAL_CAP_SECONDS = 1.0
+
+Answer = TypeVar("Answer", bound=BaseModel)
+
+
+class PlannerClient:
+    """Capacity questions over AMQP. Made by ``open``."""
+
+    def __init__(self, url: str, name: str) -> None:
+        self._link = Link(
+            url,
+            name=name,
+            prepare=self._prepare,
+            redial_cap_seconds=REDIAL_CAP_SECONDS,
+            stop_if_refused=True,
+        )
+        self._channel: Channel
+        self._reply_queue = ""
+        self._waiting: dict[str, asyncio.Future[DeliveredMessage]] = {}
+        self._ids = (f"{os.getpid()}.{number}" for number in itertools.count(1))
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, url: str, *, name: str = "planner") -> AsyncIterator["PlannerClient"]:
+        """Open a planner; it connects in the background and stays connected.
+
+        Args:
+            url: The broker; several hosts allowed.
+            name: Shown as the connection's name in the management UI.
+
+        Raises:
+            BadConfiguration: Not an AMQP URL.
+        """
+        planner = cls(url, name)
+        async with planner._link:
+            yield planner
+
+    async def find(
+        self, query: CapacityQuery | None = None, *, timeout: float = 5.0
+    ) -> CapacityOffers:
+        """Return the agents that can take ``query`` now, best first.
+
+        One question and one reply through the broker. Safe to call concurrently.
+
+        Args:
+            query: The needs; cores are whole cores, sizes GiB. Default: any desktop agent.
+            timeout: Seconds from call to reply, above zero. Also the question's time to live, so
+                no responder works for a caller that has gone.
+
+        Returns:
+            Zero to ``query.limit`` offers; ``total_matches`` counts all. ``as_of`` is UTC.
+
+        Raises:
+            NoResponders: Nobody is listening. Known at once, without waiting.
+            CapacityTimeout: Nothing came back within ``timeout``.
+            CapacityRefused: The responder declined; ``code`` says why.
+            BusUnavailable: The broker could not be reached within ``timeout``.
+        """
+        question = query if query is not None else CapacityQuery()
+        reply = await self._ask(CAPACITY_FIND, question, timeout)
+        return _read(reply, CAPACITY_OFFERS, CapacityOffers)
+
+    async def show(self, agent_id: UUID, *, timeout: float = 5.0) -> AgentCapacity:
+        """Return what one agent last reported.
+
+        Raises:
+            AgentNotFoundError: The responder knows no such agent.
+            NoResponders, CapacityTimeout, CapacityRefused, BusUnavailable: As ``find``.
+        """
+        reply = await self._ask(CAPACITY_SHOW, CapacityShow(agent_id=agent_id), timeout)
+        try:
+            return _read(reply, CAPACITY_AGENT, AgentCapacity)
+        except CapacityRefused as error:
+            if error.code == "agent_not_found":
+                raise AgentNotFoundError(agent_id) from None
+            raise
+
+    async def _ask(self, kind: str, question: BaseModel, timeout: float) -> DeliveredMessage:
+        deadline = time.monotonic() + timeout
+        body = encode(question)
+        asked = False
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    session = await self._link.session()
+                    asked = True
+                    try:
+                        return await self._ask_once(session, kind, body, deadline)
+                    except (NoResponders, Unroutable):
+                        raise
+                    except BusUnavailable as error:
+                        # The line was cut: asking twice harms nobody, a question changes nothing.
+                        session.drop(str(error))
+                        await asyncio.sleep(0)
+        except TimeoutError:
+            if not asked:
+                raise self._unreachable(timeout) from None
+            raise CapacityTimeout(f"no answer within {timeout:g} s") from None
+
+    def _unreachable(self, timeout: float) -> Exception:
+        if self._link.lacks_topology:
+            return NoResponders(self._link.trouble)
+        return BusUnavailable(f"{self._link.trouble} (gave up after {timeout:g} s)")
+
+    async def _ask_once(
+        self, session: Session, kind: str, body: bytes, deadline: float
+    ) -> DeliveredMessage:
+        correlation_id = next(self._ids)
+        left = max(deadline - time.monotonic(), 0.001)
+        reply: asyncio.Future[DeliveredMessage] = asyncio.get_running_loop().create_future()
+        self._waiting[correlation_id] = reply
+        try:
+            await publish(
+                self._channel,
+                body,
+                exchange=RPC,
+                routing_key=CAPACITY_KEY,
+                properties=Properties(
+                    message_type=kind,
+                    content_type="application/json",
+                    correlation_id=correlation_id,
+                    reply_to=self._reply_queue,
+                    expiration=str(max(int(left * 1_000), 1)),
+                    headers={DEADLINE_HEADER: int((time.time() + left) * 1_000)},
+                ),
+                timeout=left,
+            )
+            either: set[asyncio.Future[Any]] = {reply, session.lost}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not reply.done():
+                raise BusUnavailable(f"lost the broker: {session.lost.result()}")
+            self._link.works()
+            return reply.result()
+        except Unroutable:
+            raise NoResponders(
+                "nobody answers capacity questions on this broker: is an orchestrator running?"
+            ) from None
+        finally:
+            del self._waiting[correlation_id]
+
+    async def _prepare(self, session: Session) -> None:
+        await await_exchange(session, RPC)
+        channel = await session.channel()
+        with translated("making a reply queue"):
+            queue = await channel.queue_declare("", exclusive=True, auto_delete=True)
+            self._reply_queue = str(queue.queue)
+            await channel.basic_consume(self._reply_queue, self._on_reply, no_ack=True)
+        self._channel = channel
+
+    async def _on_reply(self, message: DeliveredMessage) -> None:
+        waiting = self._waiting.get(str(message.header.properties.correlation_id))
+        if waiting is not None and not waiting.done():
+            waiting.set_result(message)
+        else:
+            log.debug("a reply came after its deadline, or twice")
+
+
+def _read(reply: DeliveredMessage, kind: str, body: type[Answer]) -> Answer:
+    """Return the answer of the expected kind, or raise the refusal that came instead."""
+    answered = reply.header.properties.message_type
+    try:
+        if answered == ERROR:
+            refusal = decode(ErrorReply, reply.body, MAX_REPLY_BYTES)
+            raise CapacityRefused(refusal.code, refusal.message)
+        if answered != kind:
+            raise BadMessage(f"type {str(answered)[:64]!r} is not {kind}")
+        return decode(body, reply.body, MAX_REPLY_BYTES)
+    except BadMessage as error:
+        raise CapacityRefused("internal", f"the answer does not fit: {error}") from None

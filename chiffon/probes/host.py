@@ -1,0 +1,67 @@
+"""CPU, memory and load of this host, from psutil."""
+
+import math
+import os
+from dataclasses import dataclass
+
+import psutil
+
+from chiffon.probes.sample import to_gb
+
+
+@dataclass(frozen=True)
+class HostSample:
+    """One look at the host; ``None`` where it cannot be known."""
+
+    cpu_percent: float | None
+    cpu_cores_physical: int | None
+    cpu_cores_available: int | None
+    cpu_load_1min: float | None
+    cpu_load_5min: float | None
+    memory_percent: float | None
+    memory_available_gb: float | None
+
+
+class HostProbe:
+    """Reads the host. Use it from one thread: psutil keeps the last CPU times per thread."""
+
+    def __init__(self) -> None:
+        self._has_baseline = False
+
+    def read(self) -> HostSample:
+        """Return what is free now. CPU use is since the last call, so unknown at the first."""
+        percent = psutil.cpu_percent(interval=None)
+        busy = percent if self._has_baseline else None
+        self._has_baseline = True
+        load = psutil.getloadavg()
+        memory = psutil.virtual_memory()
+        return HostSample(
+            cpu_percent=busy,
+            cpu_cores_physical=psutil.cpu_count(logical=False),
+            cpu_cores_available=free_cores(busy, psutil.cpu_count(), usable_cpus()),
+            cpu_load_1min=round(load[0], 2),
+            cpu_load_5min=round(load[1], 2),
+            memory_percent=memory.percent,
+            memory_available_gb=to_gb(memory.available),
+        )
+
+
+def usable_cpus() -> float:
+    """Return how many CPUs this process may use: those it is allowed to run on."""
+    return float(len(os.sched_getaffinity(0)))
+
+
+def free_cores(busy_percent: float | None, online: int | None, usable: float) -> int | None:
+    """Return how many whole cores are free for a new job.
+
+    floor(usable CPUs - busy CPUs), at least 0: what is busy on the host may be busy on any of
+    the CPUs that this process may use.
+
+    Args:
+        busy_percent: Busy share of all online CPUs, 0 to 100; ``None`` if unknown.
+        online: Online logical CPUs of the host; ``None`` if unknown.
+        usable: CPUs this process may use, possibly a fraction of one.
+    """
+    if busy_percent is None or online is None:
+        return None
+    return max(math.floor(usable - busy_percent / 100 * online), 0)

@@ -1,0 +1,236 @@
+"""Putting the topology on a broker, and checking that what is there is what we need."""
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from pamqp.common import FieldTable
+
+from chiffon.bus import Channel, Properties, Session, publish, translated
+from chiffon.errors import (
+    BusRefused,
+    TopologyMismatch,
+    TopologyMissing,
+    Unroutable,
+)
+from chiffon.messages import CANARY
+from chiffon.topology import BINDINGS, EXCHANGES, QUEUES, Binding, Exchange, Queue
+
+log = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 5.0
+
+Verdict = Literal["ok", "missing", "different", "not allowed"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What ``check`` found of one object of the topology.
+
+    Args:
+        kind: ``exchange``, ``queue`` or ``binding``.
+        name: The object's name; for a binding, where from and where to.
+        verdict: ``not allowed`` means that this user may not look.
+        detail: One line for people; empty when all is well.
+    """
+
+    kind: str
+    name: str
+    verdict: Verdict
+    detail: str = ""
+
+
+Dial = Callable[[], Awaitable[Session]]
+
+
+async def declare(session: Session) -> None:
+    """Declare every exchange, queue and binding; a no-op where they are there already.
+
+    Where this user may not declare (no configure permission), it checks that they are there.
+
+    Raises:
+        TopologyMissing: Not there, and we may not declare it.
+        TopologyMismatch: There, with other arguments; the message names object and argument.
+        BusUnavailable: The connection broke.
+    """
+    channel = await session.channel()
+    try:
+        for exchange in EXCHANGES:
+            await _declare_exchange(channel, exchange)
+        for queue in QUEUES:
+            await declare_queue(channel, queue)
+        for binding in BINDINGS:
+            await bind(channel, binding)
+    except TopologyMismatch as error:
+        raise TopologyMismatch(
+            f"{error}. What is there has other arguments: delete it on the broker (it is declared "
+            "again at the next start), or see what differs with `chiffon bus check`"
+        ) from None
+
+
+async def await_exchange(session: Session, name: str) -> None:
+    """Check that an exchange is there, without declaring it.
+
+    Raises:
+        TopologyMissing: It is not, which mends itself when an orchestrator first starts.
+    """
+    try:
+        channel = await session.channel()
+        with translated(f"looking for exchange {name}"):
+            await channel.exchange_declare(name, passive=True, timeout=ANSWER_SECONDS)
+        await session.discard(channel)
+    except TopologyMissing:
+        raise TopologyMissing(
+            f"exchange {name} is not there yet: start an orchestrator, or run `chiffon bus declare`"
+        ) from None
+
+
+async def declare_queue(channel: Channel, queue: Queue) -> None:
+    """Declare one durable queue.
+
+    Raises:
+        TopologyMismatch: It is there with other arguments.
+        BusRefused: No right to.
+    """
+    with translated(f"declaring queue {queue.name}"):
+        await channel.queue_declare(
+            queue.name,
+            durable=True,
+            auto_delete=queue.auto_delete,
+            arguments=queue.arguments,
+            timeout=ANSWER_SECONDS,
+        )
+
+
+async def bind(channel: Channel, binding: Binding) -> None:
+    """Declare one binding; twice is the same as once.
+
+    Raises:
+        BusRefused: No right to.
+    """
+    with translated(f"binding {binding.queue} to {binding.exchange}"):
+        await channel.queue_bind(
+            binding.queue,
+            binding.exchange,
+            routing_key=binding.routing_key,
+            arguments=binding.arguments,
+            timeout=ANSWER_SECONDS,
+        )
+
+
+async def _declare_exchange(channel: Channel, exchange: Exchange) -> None:
+    with translated(f"declaring exchange {exchange.name}"):
+        await channel.exchange_declare(
+            exchange.name,
+            exchange_type=exchange.kind,
+            durable=True,
+            timeout=ANSWER_SECONDS,
+        )
+
+
+async def ensure(dial: Dial) -> None:
+    """Declare the topology, or where that is not allowed, make sure that it is there.
+
+    Args:
+        dial: Opens a connection; each refusal of the broker costs one.
+
+    Raises:
+        TopologyMissing: Not there, and we may not declare it; the message lists what.
+        TopologyMismatch: There, with other arguments.
+        BusUnavailable: The broker cannot be reached.
+    """
+    session = await dial()
+    try:
+        await declare(session)
+        return
+    except BusRefused as error:
+        log.info("may not declare the topology (%s); checking that it is there", error)
+    finally:
+        await session.close()
+    absent = [finding.name for finding in await check(dial) if finding.verdict == "missing"]
+    if absent:
+        raise TopologyMissing(
+            f"missing on the broker, and this user may not declare: {', '.join(absent)}. "
+            "Run `chiffon bus declare` as a user who may"
+        )
+
+
+async def check(dial: Dial) -> list[Finding]:
+    """Compare what is on the broker with the topology, and change nothing.
+
+    A passive declaration tells whether an object is there, one with our arguments whether it is
+    the same (it would be refused). AMQP cannot list bindings, so each is asked to route a message
+    that lives 0 ms; it is gone when it arrives, or at most is looked at and ignored.
+
+    Args:
+        dial: Opens a connection; the broker closes the channel at each "no", so each object
+            that is not as it should be costs one more.
+
+    Returns:
+        One finding an object, in the order of the topology.
+
+    Raises:
+        BusUnavailable: The broker cannot be reached.
+    """
+    findings: list[Finding] = []
+    session = await dial()
+    try:
+        for wanted in (*EXCHANGES, *QUEUES, *BINDINGS):
+            if session.lost.done():
+                await session.close()
+                session = await dial()
+            findings.append(await _check(session, wanted))
+    finally:
+        await session.close()
+    return findings
+
+
+async def _check(session: Session, wanted: Exchange | Queue | Binding) -> Finding:
+    kind = type(wanted).__name__.lower()
+    name = _named(wanted) if isinstance(wanted, Binding) else wanted.name
+    try:
+        channel = await session.channel()
+        match wanted:
+            case Exchange():
+                with translated(f"looking for exchange {name}"):
+                    await channel.exchange_declare(name, passive=True, timeout=ANSWER_SECONDS)
+                await _declare_exchange(channel, wanted)
+            case Queue():
+                with translated(f"looking for queue {name}"):
+                    await channel.queue_declare(name, passive=True, timeout=ANSWER_SECONDS)
+                await declare_queue(channel, wanted)
+            case Binding():
+                await _route_through(channel, wanted)
+    except Unroutable:
+        return Finding(kind, name, "missing", "run `chiffon bus declare`")
+    except TopologyMissing:
+        session.drop("an object is missing")
+        return Finding(kind, name, "missing", "run `chiffon bus declare`")
+    except TopologyMismatch as error:
+        session.drop("an object differs")
+        return Finding(kind, name, "different", str(error))
+    except BusRefused as error:
+        session.drop("no permission")
+        return Finding(kind, name, "not allowed", str(error))
+    return Finding(kind, name, "ok")
+
+
+async def _route_through(channel: Channel, binding: Binding) -> None:
+    headers: FieldTable = {k: v for k, v in binding.arguments.items() if k != "x-match"}
+    await publish(
+        channel,
+        b"{}",
+        exchange=binding.exchange,
+        routing_key=binding.routing_key.replace("#", "chiffon.canary.check"),
+        # A canary, so that an ingest which takes it before it is gone knows what it is.
+        properties=Properties(message_type=CANARY, expiration="0", headers=headers),
+        timeout=ANSWER_SECONDS,
+    )
+
+
+def _named(binding: Binding) -> str:
+    terms = binding.routing_key or ", ".join(
+        f"{key}={value}" for key, value in binding.arguments.items() if key != "x-match"
+    )
+    return f"{binding.exchange} -> {binding.queue} ({terms})"

@@ -1,0 +1,218 @@
+"""Answers capacity questions over AMQP.
+
+A question names where its answer goes; only forms that cannot reach somebody's queue are taken.
+Answers are sent without waiting for a confirm and without ``mandatory``, so a planner that has
+gone costs nothing. The question is acknowledged after its answer was sent: if this responder
+dies before, another one gets it.
+"""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Sequence
+
+from aiormq.abc import DeliveredMessage
+from pydantic import BaseModel
+
+from chiffon.bus import Channel, Link, Properties, Publisher, Session, translated
+from chiffon.capacity import Capacity
+from chiffon.dead_letters import DeadLetters
+from chiffon.errors import (
+    AgentNotFoundError,
+    BadMessage,
+    BusUnavailable,
+    CapacityRefused,
+    RegistryUnavailable,
+)
+from chiffon.messages import (
+    CAPACITY_AGENT,
+    CAPACITY_FIND,
+    CAPACITY_OFFERS,
+    CAPACITY_SHOW,
+    ERROR,
+    CapacityQuery,
+    CapacityShow,
+    ErrorCode,
+    ErrorReply,
+    Refusal,
+    decode,
+    encode,
+)
+from chiffon.provisioning import bind, declare_queue
+from chiffon.topology import (
+    CAPACITY,
+    CAPACITY_BINDING,
+    CAPACITY_QUEUE,
+    DEADLINE_HEADER,
+    REPLY_FORMS,
+    reply_route,
+)
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = 64
+"""Questions in work at a time; the others wait in the queue, where other responders see them."""
+
+SEND_SECONDS = 1.0
+"""For one answer to be written: a connection that an alarm blocks must not hold us up."""
+
+
+class Responder:
+    """Answers what the queue ``chiffon.capacity`` holds.
+
+    Args:
+        capacity: Who knows the answers.
+        outgoing: The connection for answers; never the one that consumes.
+        dead_letters: Where questions go that name no place for an answer.
+        reply_forms: Which forms of ``reply_to`` are written to.
+    """
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        outgoing: Link,
+        dead_letters: DeadLetters,
+        *,
+        reply_forms: Sequence[str] = REPLY_FORMS,
+    ) -> None:
+        self._capacity = capacity
+        self._reply_forms = tuple(reply_forms)
+        self._replies = Publisher(outgoing, confirms=False)
+        self._dead_letters = dead_letters
+        self._channel: Channel | None = None
+        self._consumer_tag: str | None = None
+        self._working: set[asyncio.Task[None]] = set()
+
+    async def attach(self, session: Session) -> None:
+        """Declare the queue and start to answer on a new connection."""
+        self._channel = None
+        channel = await session.channel(confirms=False, prefetch=AT_ONCE)
+        channel.on_consumer_cancel_callbacks.add(
+            lambda _: session.drop(f"the broker cancelled the consumer of {CAPACITY}")
+        )
+        await declare_queue(channel, CAPACITY_QUEUE)
+        await bind(channel, CAPACITY_BINDING)
+        with translated(f"consuming {CAPACITY}"):
+            answer = await channel.basic_consume(CAPACITY, self._on_delivery)
+        self._consumer_tag = answer.consumer_tag
+        self._channel = channel
+        log.info("answering %s", CAPACITY)
+
+    async def stop(self) -> None:
+        """Take no more questions, and finish those that are in work."""
+        if self._channel is not None and self._consumer_tag is not None:
+            try:
+                with translated("ending the consumer"):
+                    await self._channel.basic_cancel(self._consumer_tag, timeout=SEND_SECONDS)
+            except BusUnavailable as error:
+                log.debug("%s", error)
+        if self._working:
+            await asyncio.wait(self._working, timeout=SEND_SECONDS)
+
+    async def _on_delivery(self, message: DeliveredMessage) -> None:
+        # A task of our own: the library cancels its callbacks when the channel closes.
+        task = asyncio.create_task(self._serve(message, time.monotonic()))
+        self._working.add(task)
+        task.add_done_callback(self._working.discard)
+
+    async def _serve(self, message: DeliveredMessage, received: float) -> None:
+        try:
+            await self._answer(message, received)
+        except Exception:
+            log.exception("a capacity question failed in an unforeseen way")
+        try:
+            if message.delivery_tag is not None:
+                with translated("acknowledging"):
+                    await message.channel.basic_ack(message.delivery_tag)
+        except BusUnavailable as error:
+            log.debug("%s", error)
+
+    async def _answer(self, message: DeliveredMessage, received: float) -> None:
+        properties = message.header.properties
+        try:
+            exchange, key = reply_route(properties.reply_to, self._reply_forms)
+        except ValueError as error:
+            await self._set_aside(message, str(error))
+            return
+        patience = _patience_seconds(message)
+        if time.monotonic() - received > patience:
+            return  # it waited here for too long: whoever asked has stopped waiting
+        kind, reply = await self._reply(message)
+        if time.monotonic() - received > patience:
+            log.info("dropped an answer: its planner stopped waiting after %g s", patience)
+            return
+        try:
+            await self._replies.publish(
+                encode(reply),
+                exchange=exchange,
+                routing_key=key,
+                properties=Properties(
+                    message_type=kind,
+                    content_type="application/json",
+                    correlation_id=properties.correlation_id,
+                ),
+                timeout=SEND_SECONDS,
+                mandatory=False,
+            )
+        except BusUnavailable as error:
+            log.warning("dropped an answer: %s", error)
+
+    async def _set_aside(self, message: DeliveredMessage, reason: str) -> None:
+        log.warning("set aside a capacity question: %s", reason)
+        try:
+            await self._dead_letters.set_aside(message, Refusal(message.body, reason))
+        except BusUnavailable as error:
+            log.warning("the dead letter was not confirmed: %s", error)
+
+    async def _reply(self, message: DeliveredMessage) -> tuple[str, BaseModel]:
+        try:
+            _refuse_late(message)
+            return await self._ask(message)
+        except CapacityRefused as error:
+            return _error("expired", error)
+        except BadMessage as error:
+            is_unknown = error.code == "unsupported_type"
+            return _error("unsupported_type" if is_unknown else "invalid_request", error)
+        except AgentNotFoundError as error:
+            return _error("agent_not_found", error, agent_id=str(error.agent_id))
+        except RegistryUnavailable as error:
+            log.warning("cannot answer: %s", error)
+            return _error("unavailable", error)
+        except Exception as error:
+            log.exception("a capacity question failed")
+            return _error("internal", f"the responder failed: {type(error).__name__}; see its log")
+
+    async def _ask(self, message: DeliveredMessage) -> tuple[str, BaseModel]:
+        kind = message.header.properties.message_type
+        if kind == CAPACITY_FIND:
+            return CAPACITY_OFFERS, await self._capacity.find(decode(CapacityQuery, message.body))
+        if kind == CAPACITY_SHOW:
+            question = decode(CapacityShow, message.body)
+            return CAPACITY_AGENT, await self._capacity.show(question.agent_id)
+        raise BadMessage(f"type {str(kind)[:64]!r} is not a capacity question", "unsupported_type")
+
+
+def _error(code: ErrorCode, message: object, **details: str) -> tuple[str, ErrorReply]:
+    return ERROR, ErrorReply(code=code, message=str(message), details=details)
+
+
+def _patience_seconds(message: DeliveredMessage) -> float:
+    """Return how long after its arrival here an answer is still wanted."""
+    expiration = message.header.properties.expiration
+    return int(expiration) / 1_000 if expiration is not None else math.inf
+
+
+def _refuse_late(message: DeliveredMessage) -> None:
+    """Refuse a question whose deadline has passed, naming both clocks: they may differ."""
+    deadline = (message.header.properties.headers or {}).get(DEADLINE_HEADER)
+    if deadline is None:
+        return
+    if isinstance(deadline, bool) or not isinstance(deadline, int):
+        raise BadMessage(f"{DEADLINE_HEADER}: must be a whole number of unix milliseconds")
+    now = int(time.time() * 1_000)
+    if now > deadline:
+        raise CapacityRefused(
+            "expired",
+            f"the deadline was {deadline} (unix ms) and the responder's clock says {now}",
+        )

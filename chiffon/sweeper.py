@@ -1,0 +1,108 @@
+"""The periodic pass that marks the silent offline, and the canary that proves the path.
+
+Our own trouble must not look like the fleet's. A canary goes the way of the heartbeats, from the
+exchange to the commit; while none arrives, nobody is judged, and when one arrives after a gap,
+every agent has its own full lease to speak again. The rule itself is one SQL statement.
+"""
+
+import asyncio
+import logging
+from uuid import UUID
+
+from chiffon import liveness
+from chiffon.bus import Link, Properties, Publisher
+from chiffon.errors import BusUnavailable, RegistryUnavailable
+from chiffon.messages import CANARY
+from chiffon.registry import Registry, Silenced
+from chiffon.topology import HEARTBEATS, canary_key
+
+log = logging.getLogger(__name__)
+
+CONFIRM_SECONDS = 2.0
+
+
+class Sweeper:
+    """Marks silent agents offline, every ``interval_seconds``.
+
+    Any number of orchestrators may each run one: every transition is seen by exactly one.
+
+    Args:
+        registry: Where the fleet is.
+        interval_seconds: Between two passes.
+    """
+
+    def __init__(self, registry: Registry, *, interval_seconds: float = 1.0) -> None:
+        self._registry = registry
+        self._interval = interval_seconds
+
+    async def run(self) -> None:
+        """Sweep until cancelled; a database that is away is waited for."""
+        while True:
+            await asyncio.sleep(self._interval)
+            try:
+                await self.sweep()
+            except RegistryUnavailable as error:
+                log.warning("no sweep: %s", error)
+
+    async def sweep(self) -> list[Silenced]:
+        """Make one pass.
+
+        Returns:
+            The agents that this pass marked offline.
+
+        Raises:
+            RegistryUnavailable: The database is away; nobody was marked.
+        """
+        silenced = await self._registry.mark_silent()
+        for one in silenced:
+            silence = one.silence_seconds
+            log.info(
+                "agent %s (%s) is offline: %s",
+                one.agent_id,
+                one.hostname or "host unknown",
+                "never heard of" if silence is None else f"silent for {silence:.1f} s",
+            )
+        return silenced
+
+
+class Canary:
+    """Publishes the canary of one orchestrator every 2 s.
+
+    Args:
+        outgoing: The connection to publish on.
+        orchestrator_id: Tells the canaries of several orchestrators apart.
+    """
+
+    def __init__(self, outgoing: Link, orchestrator_id: UUID) -> None:
+        self._outgoing = outgoing
+        self._publisher = Publisher(outgoing)
+        self._key = canary_key(orchestrator_id)
+
+    async def run(self) -> None:
+        """Publish until cancelled; trouble with the broker only shows as an old canary."""
+        while True:
+            try:
+                await self.publish()
+            except BusUnavailable as error:
+                log.warning("no canary: %s", error)
+            await asyncio.sleep(liveness.CANARY_INTERVAL_SECONDS)
+
+    async def publish(self) -> None:
+        """Publish one canary and wait for its confirm.
+
+        Raises:
+            BusUnavailable: Not confirmed within 2 s.
+        """
+        await self._publisher.publish(
+            b"{}",
+            exchange=HEARTBEATS,
+            routing_key=self._key,
+            properties=Properties(
+                message_type=CANARY,
+                content_type="application/json",
+                # One that waited longer proves nothing about the present.
+                expiration=str(int(liveness.CANARY_FRESH_SECONDS * 1_000)),
+            ),
+            timeout=CONFIRM_SECONDS,
+        )
+        self._outgoing.works()

@@ -1,0 +1,173 @@
+"""The tables as SQLModel has them; ``migrations`` creates them, ``registry`` speaks SQL to them.
+
+``resource_metrics`` holds what the probes read, with the wire contract's keys. Rows may also have
+been written by others, so nothing that is computed from it may fail on what it holds.
+"""
+
+from datetime import datetime
+from typing import Any
+from uuid import UUID, uuid4
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Computed,
+    DateTime,
+    Float,
+    Index,
+    SmallInteger,
+    Text,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlmodel import Field, SQLModel
+
+_NUMBERS = (
+    "cpu_percent",
+    "cpu_cores_physical",
+    "cpu_cores_available",
+    "cpu_load_1min",
+    "cpu_load_5min",
+    "memory_percent",
+    "memory_available_gb",
+    "gpu_vram_total_gb",
+    "gpu_vram_available_gb",
+)
+
+
+def free_sql(key: str, missing: int) -> str:
+    """Return the SQL for what a filter counts of one metric.
+
+    The number itself; 0 for ``null``; ``missing`` where the key is not there. Bounded, since a
+    number that no float can hold would fail every statement that writes the row.
+    """
+    return (
+        f"CASE jsonb_typeof(resource_metrics -> '{key}')"
+        f" WHEN 'number' THEN"
+        f" least(greatest((resource_metrics ->> '{key}')::numeric, -1e15), 1e15)::float8"
+        f" WHEN 'null' THEN 0 ELSE {missing} END"
+    )
+
+
+def sound_sql() -> str:
+    """Return the SQL that tells whether a row's metrics have the contract's types.
+
+    NULL where nothing was reported. Only true is offered; false is reported as malformed.
+    """
+    numbers = " AND ".join(
+        f"coalesce(jsonb_typeof(resource_metrics -> '{key}'), 'null') IN ('number', 'null')"
+        for key in _NUMBERS
+    )
+    return (
+        "CASE WHEN resource_metrics = '{}' THEN NULL"
+        " ELSE jsonb_typeof(resource_metrics) = 'object'"
+        " AND coalesce(jsonb_typeof(resource_metrics -> 'gpu_type'), 'null')"
+        f" IN ('string', 'null') AND {numbers} END"
+    )
+
+
+def _flag(default: str) -> Column[bool]:
+    return Column(Boolean, nullable=False, server_default=text(default))
+
+
+def _number(default: str) -> Column[float]:
+    return Column(Float, nullable=False, server_default=text(default))
+
+
+def _order() -> Column[int]:
+    return Column(BigInteger, nullable=False, server_default=text("0"))
+
+
+def _moment(nullable: bool = True) -> Column[datetime]:
+    return Column(DateTime(timezone=True), nullable=nullable)
+
+
+def _document(default: str) -> Column[Any]:
+    return Column(JSONB, nullable=False, server_default=text(default))
+
+
+def _free(key: str, missing: int) -> Column[float]:
+    return Column(Float, Computed(free_sql(key, missing), persisted=True))
+
+
+class AgentRegistry(SQLModel, table=True):
+    """The fleet: one row an agent, as its newest heartbeat has it.
+
+    ``last_heartbeat_at`` is the time of receipt on the database's clock, ``sent_at`` the sender's
+    clock. (``incarnation``, ``sequence``) is the order of the heartbeat that the row holds. The
+    ``free_*`` columns and ``metrics_sound`` are computed from ``resource_metrics`` by PostgreSQL,
+    so that rows which others write are found by the same index.
+    """
+
+    __tablename__ = "agent_registry"
+    __table_args__ = (
+        CheckConstraint(
+            "status IN ('online', 'offline', 'busy')", name="agent_registry_status_is_known"
+        ),
+        # The specification asks for it; it serves containment, not the >= of a capacity query.
+        Index("idx_agent_registry_resource_metrics", "resource_metrics", postgresql_using="gin"),
+        # The order of the offers: a capacity query reads this index from its start and stops.
+        Index(
+            "idx_agent_registry_offers",
+            text("free_vram_gb DESC"),
+            text("free_cores DESC"),
+            text("performance_score DESC"),
+            "agent_id",
+            postgresql_where=text("status = 'online' AND metrics_sound"),
+        ),
+        Index(
+            "idx_agent_registry_malformed",
+            "agent_id",
+            postgresql_where=text("NOT metrics_sound"),
+        ),
+    )
+
+    agent_id: UUID = Field(default_factory=uuid4, primary_key=True)
+    agent_type: str = Field(default="desktop", sa_type=Text)
+    pool_name: str = Field(default="default", sa_type=Text)
+    capabilities: list[str] = Field(default_factory=list, sa_column=_document("'[]'"))
+    status: str = Field(default="offline", sa_type=Text)
+    last_heartbeat_at: datetime | None = Field(default=None, sa_column=_moment())
+    resource_metrics: dict[str, Any] = Field(default_factory=dict, sa_column=_document("'{}'"))
+    performance_score: float = Field(default=0.0, sa_column=_number("0"))
+    hostname: str | None = Field(default=None, sa_type=Text)
+    agent_version: str | None = Field(default=None, sa_type=Text)
+    incarnation: int = Field(default=0, sa_column=_order())
+    sequence: int = Field(default=0, sa_column=_order())
+    sent_at: datetime | None = Field(default=None, sa_column=_moment())
+    interval_seconds: float = Field(default=5.0, sa_column=_number("5"))
+    lease_seconds: float = Field(default=15.0, sa_column=_number("15"))
+    drained: bool = Field(default=False, sa_column=_flag("false"))
+    free_vram_gb: float | None = Field(
+        default=None, sa_column=_free("gpu_vram_available_gb", missing=0)
+    )
+    free_cores: float | None = Field(
+        default=None, sa_column=_free("cpu_cores_available", missing=1)
+    )
+    free_memory_gb: float | None = Field(
+        default=None, sa_column=_free("memory_available_gb", missing=0)
+    )
+    metrics_sound: bool | None = Field(
+        default=None, sa_column=Column(Boolean, Computed(sound_sql(), persisted=True))
+    )
+
+
+class IngestPath(SQLModel, table=True):
+    """One row: when a canary last went the whole way from publish to commit.
+
+    ``fresh_since`` is when that began without a gap; no agent is judged silent by what it did not
+    say before then. Until ``grace_until`` some agent's fresh lease is still running.
+    """
+
+    __tablename__ = "ingest_path"
+    __table_args__ = (CheckConstraint("only_row = 1", name="ingest_path_has_one_row"),)
+
+    only_row: int = Field(
+        default=1,
+        sa_column=Column(SmallInteger, primary_key=True, server_default=text("1")),
+    )
+    fresh_at: datetime = Field(sa_column=_moment(nullable=False))
+    fresh_since: datetime = Field(sa_column=_moment(nullable=False))
+    grace_until: datetime = Field(sa_column=_moment(nullable=False))
