@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Self
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import aio_pika
 import aiormq
@@ -189,25 +189,35 @@ async def dial(url: str, name: str) -> Session:
     # `aio_pika.connect` would leave a half-open connection to the garbage collector.
     connection = aio_pika.Connection(URL(target), client_properties={"connection_name": name})
     try:
-        try:
+        with _translated_dial(parts, where):
             await connection.connect(timeout=DIAL_SECONDS)
-        except BaseException:
-            await connection.close()
-            raise
+    except BaseException:
+        await connection.close()
+        raise
+    return Session(connection, where)
+
+
+@contextmanager
+def _translated_dial(parts: SplitResult, where: str) -> Iterator[None]:
+    try:
+        yield
     except TimeoutError:
         raise BusUnavailable(f"no answer from {where} within {DIAL_SECONDS:g} s") from None
     except (aiormq.exceptions.AuthenticationError, aiormq.exceptions.ProbableAuthenticationError):
         user = parts.username or "guest"
         raise BusRefused(f"the broker at {where} refused user {user!r}: wrong password?") from None
-    except aiormq.exceptions.IncompatibleProtocolError:
-        raise BusUnavailable(f"what listens at {where} does not speak AMQP 0-9-1") from None
+    except aiormq.exceptions.InvalidFrameError:
+        # How the library tells of the broker's "no" to a virtual host: a frame out of place.
+        vhost = parts.path.removeprefix("/") or "/"
+        raise BusRefused(
+            f"the broker at {where} has no virtual host {vhost!r}, or none for this user"
+        ) from None
     except aiormq.exceptions.ConnectionClosed as error:
         raise BusRefused(f"the broker at {where} refused: {_describe(error)}") from None
     except OSError as error:
         raise BusUnavailable(f"cannot reach the broker at {where}: {_describe(error)}") from None
     except Exception as error:
         raise BusUnavailable(f"no AMQP broker at {where}: {_describe(error)}") from error
-    return Session(connection, where)
 
 
 async def dial_any(url: str, name: str) -> Session:

@@ -6,7 +6,6 @@
 
 import json
 import logging
-import math
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ from pydantic import ValidationError
 
 from chiffon.errors import AgentNotFoundError
 from chiffon.messages import (
+    MAX_INTEGER,
     MAX_OFFERS,
     SCALAR_METRICS,
     AgentCapacity,
@@ -189,6 +189,8 @@ def _scalars(metrics: Any) -> dict[str, Any]:
 def _sound(key: str, value: Any) -> Any:
     if key == "gpu_type":
         return value if isinstance(value, str) else None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if abs(value) > MAX_INTEGER:  # PostgreSQL keeps numbers that no float can hold
         return None
     return int(value) if key in _WHOLE else float(value)

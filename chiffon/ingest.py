@@ -14,7 +14,6 @@ from uuid import UUID
 
 from aiormq.abc import DeliveredMessage
 
-from chiffon import liveness
 from chiffon.bus import Channel, Session, translated
 from chiffon.dead_letters import DeadLetters
 from chiffon.errors import BadMessage, BusUnavailable, RegistryUnavailable, RowRefused
@@ -66,17 +65,11 @@ class _Reading:
         if kept is None or kept[0].order < update.order:
             self.newest[update.agent_id] = (update, delivery)
 
-    def receipts(self, now: float) -> list[Receipt]:
-        """Return what is to be recorded now, in the order of the agents' ids.
-
-        A heartbeat that has outlived its lease here says nothing about the present, and is let
-        go; a farewell always counts.
-        """
+    def receipts(self) -> list[Receipt]:
+        """Return what is to be recorded, in the order of the agents' ids."""
         return [
-            Receipt(update, now - delivery.received)
+            Receipt(update, delivery.received)
             for _, (update, delivery) in sorted(self.newest.items())
-            if update.is_farewell
-            or now - delivery.received < liveness.lease(update.interval_seconds)
         ]
 
 
@@ -187,22 +180,28 @@ class Ingest:
 
     async def _commit(self, reading: _Reading) -> None:
         """Record a batch, trying again for as long as the database is away."""
-        pause = FIRST_PAUSE_SECONDS
+        pause, began = FIRST_PAUSE_SECONDS, time.monotonic()
+        trouble: str | None = None
         while True:
             try:
                 await self._record(reading)
                 if reading.canary is not None:
-                    held = time.monotonic() - reading.canary.received
-                    await self._registry.mark_path_fresh(held)
+                    await self._registry.mark_path_fresh(reading.canary.received)
             except RegistryUnavailable as error:
-                log.warning("%s; %d agents' news waits", error, len(reading.newest))
+                if trouble != str(error):
+                    trouble = str(error)
+                    log.warning("heartbeats wait, trying again: %s", trouble)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
             else:
+                if trouble is not None:
+                    log.warning(
+                        "heartbeats are recorded again, after %.1f s", time.monotonic() - began
+                    )
                 return
 
     async def _record(self, reading: _Reading) -> None:
-        receipts = reading.receipts(time.monotonic())
+        receipts = reading.receipts()
         try:
             self._report_stale(await self._registry.record(receipts))
         except RowRefused:

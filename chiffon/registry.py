@@ -6,8 +6,9 @@ Each method is one round trip. Statements that update several agents lock them i
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 from uuid import UUID
 
 import asyncpg
+from asyncpg.pool import PoolConnectionProxy
 
 from chiffon import liveness
 from chiffon.errors import (
@@ -46,9 +48,15 @@ WITH batch AS MATERIALIZED (
     sequence, sent_at, interval_seconds, lease_seconds, last_heartbeat_at, resource_metrics)
   SELECT agent_id, agent_type, pool_name, capabilities::jsonb, status, hostname, agent_version,
          incarnation, sequence, sent_at, interval_seconds, lease_seconds,
-         statement_timestamp() - held_seconds * interval '1 second',
+         -- now(), not statement_timestamp(): each is taken when the server gets a message of the
+         -- protocol, the former at Bind and the latter again at Execute, after Bind has waited
+         -- for whoever locks the table. Alone in its transaction, a statement has both.
+         now() - held_seconds * interval '1 second',
          coalesce(resources::jsonb, '{}')
-    FROM batch ORDER BY agent_id
+    FROM batch
+   -- What outlived its lease in our hands tells nothing of the present; a farewell always does.
+   WHERE status = 'offline' OR held_seconds < lease_seconds
+   ORDER BY agent_id
   ON CONFLICT (agent_id) DO UPDATE SET
     agent_type = excluded.agent_type, pool_name = excluded.pool_name,
     capabilities = excluded.capabilities, status = excluded.status,
@@ -69,7 +77,7 @@ SELECT b.agent_id, b.incarnation, r.incarnation AS kept_incarnation
 
 MARK_PATH_FRESH = """
 INSERT INTO ingest_path AS p (fresh_at, fresh_since, grace_until)
-SELECT statement_timestamp() - $1 * interval '1 second', statement_timestamp(),
+SELECT now() - $1 * interval '1 second', statement_timestamp(),
        statement_timestamp() + coalesce((
          SELECT max(r.lease_seconds * 4 / 3 * interval '1 second') FROM agent_registry r
           WHERE r.status IN ('online', 'busy') AND NOT EXISTS (SELECT FROM ingest_path)
@@ -155,18 +163,18 @@ LIST = (
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """A heartbeat, and for how many seconds it has been held in our own process."""
+    """A heartbeat, and when this process received it: seconds of ``time.monotonic``."""
 
     update: StatusUpdate
-    held_seconds: float
+    received: float
 
 
 @dataclass(frozen=True, slots=True)
 class Stale:
-    """A heartbeat that changed nothing, as the registry holds a newer one.
+    """A heartbeat that changed nothing: an older one, or one held for longer than its lease.
 
     ``kept_incarnation`` above ``incarnation`` means that two processes use one agent id, or that
-    a clock was set back; ``None`` if the row came to be at this moment.
+    a clock was set back; ``None`` if there is no such row, or it came to be at this moment.
     """
 
     agent_id: UUID
@@ -249,6 +257,8 @@ class Registry:
                 max_size=connections,
                 timeout=ANSWER_SECONDS,
                 command_timeout=ANSWER_SECONDS,
+                max_cached_statement_lifetime=0,
+                init=_prepare,
                 server_settings={"application_name": "chiffon"},
             )
         try:
@@ -267,23 +277,30 @@ class Registry:
             batch: In the order of ``agent_id``, each agent at most once.
 
         Returns:
-            Those that were not newer than what the registry holds; they touched nothing.
+            Those that were not applied: not newer than what the registry holds, or held here
+            for longer than their lease. They touched nothing.
 
         Raises:
             RowRefused: PostgreSQL cannot store one of them; none was applied.
         """
         if not batch:
             return []
-        columns = zip(*(_columns(receipt) for receipt in batch), strict=True)
-        rows = await self._fetch(RECORD, *(list(column) for column in columns))
+        async with self._connection() as connection:
+            now = time.monotonic()
+            columns = zip(*(_columns(receipt, now) for receipt in batch), strict=True)
+            rows = await connection.fetch(RECORD, *(list(column) for column in columns))
         return [Stale(*row) for row in rows]
 
-    async def mark_path_fresh(self, held_seconds: float) -> None:
-        """Note that a canary, held by us for this long, went the whole way to the database.
+    async def mark_path_fresh(self, received: float) -> None:
+        """Note that a canary went the whole way to the database.
 
         After a gap of more than 5 s every agent has its own full lease to speak again.
+
+        Args:
+            received: When this process received it, seconds of ``time.monotonic``.
         """
-        await self._fetch(MARK_PATH_FRESH, held_seconds)
+        async with self._connection() as connection:
+            await connection.fetch(MARK_PATH_FRESH, time.monotonic() - received)
 
     async def mark_silent(self) -> list[Silenced]:
         """Move every silent agent offline, if the path from the agents to us is proven.
@@ -346,9 +363,15 @@ class Registry:
             return None
         return rows[0]["version_num"] if rows else None
 
-    async def _fetch(self, statement: str, *arguments: Any) -> list[asyncpg.Record]:
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator["PoolConnectionProxy[asyncpg.Record]"]:
         with _answering():
-            return await self._pool.fetch(statement, *arguments)
+            async with self._pool.acquire(timeout=ANSWER_SECONDS) as connection:
+                yield connection
+
+    async def _fetch(self, statement: str, *arguments: Any) -> list[asyncpg.Record]:
+        async with self._connection() as connection:
+            return await connection.fetch(statement, *arguments)
 
 
 def asyncpg_url(url: str) -> str:
@@ -371,7 +394,17 @@ def sqlalchemy_url(url: str) -> str:
     return asyncpg_url(url).replace("postgresql", "postgresql+asyncpg", 1)
 
 
-def _columns(receipt: Receipt) -> tuple[Any, ...]:
+async def _prepare(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+    """Have the server parse ``RECORD`` before anybody says how long a message was held.
+
+    Parsing may wait for a lock, and the statement's timestamp is taken after it. From then on the
+    connection keeps the statement.
+    """
+    with suppress(asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
+        await connection.fetch(RECORD, *([] for _ in range(14)))
+
+
+def _columns(receipt: Receipt, now: float) -> tuple[Any, ...]:
     update = receipt.update
     return (
         update.agent_id,
@@ -386,7 +419,7 @@ def _columns(receipt: Receipt) -> tuple[Any, ...]:
         update.sent_at,
         update.interval_seconds,
         liveness.lease(update.interval_seconds),
-        receipt.held_seconds,
+        now - receipt.received,
         update.resources.model_dump_json() if update.resources is not None else None,
     )
 

@@ -37,12 +37,16 @@ class Sweeper:
 
     async def run(self) -> None:
         """Sweep until cancelled; a database that is away is waited for."""
+        trouble: str | None = None
         while True:
             await asyncio.sleep(self._interval)
             try:
                 await self.sweep()
+                trouble = None
             except RegistryUnavailable as error:
-                log.warning("no sweep: %s", error)
+                if trouble != str(error):
+                    trouble = str(error)
+                    log.warning("no sweep: %s", trouble)
 
     async def sweep(self) -> list[Silenced]:
         """Make one pass.
@@ -80,11 +84,15 @@ class Canary:
 
     async def run(self) -> None:
         """Publish until cancelled; trouble with the broker only shows as an old canary."""
+        trouble: str | None = None
         while True:
             try:
                 await self.publish()
+                trouble = None
             except BusUnavailable as error:
-                log.warning("no canary: %s", error)
+                if trouble != str(error):
+                    trouble = str(error)
+                    log.warning("no canary: %s", trouble)
             await asyncio.sleep(liveness.CANARY_INTERVAL_SECONDS)
 
     async def publish(self) -> None:

@@ -29,7 +29,9 @@ async def databases(servers: Servers) -> AsyncIterator[Databases]:
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def _no_settings_from_outside(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """A test sees only the settings it makes; the servers were found before."""
     if {"amqp_url", "database_url", "empty_database_url"} & set(request.fixturenames):
         request.getfixturevalue("servers")
@@ -52,14 +54,14 @@ def amqp_url(servers: Servers) -> Iterator[str]:
 @pytest.fixture
 async def database_url(databases: Databases) -> AsyncIterator[str]:
     """A database at the newest revision, without rows."""
-    async for url in databases.new(migrated=True):
+    async with databases.new(migrated=True) as url:
         yield url
 
 
 @pytest.fixture
 async def empty_database_url(databases: Databases) -> AsyncIterator[str]:
     """A database without tables."""
-    async for url in databases.new(migrated=False):
+    async with databases.new(migrated=False) as url:
         yield url
 
 

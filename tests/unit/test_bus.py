@@ -1,0 +1,91 @@
+"""URLs, and what the AMQP library raises."""
+
+import asyncio
+
+import aiormq
+import pytest
+
+from chiffon.bus import hosts, translated
+from chiffon.errors import (
+    BadConfiguration,
+    BusRefused,
+    BusUnavailable,
+    TopologyMissing,
+    masked,
+)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("amqp://h", ["amqp://h/"]),
+        ("amqp://u:p@h:1/v", ["amqp://u:p@h:1/v"]),
+        ("amqp://u:p@a:1,b:2/v?x=y", ["amqp://u:p@a:1/v?x=y", "amqp://u:p@b:2/v?x=y"]),
+        ("amqp://a/v,amqps://b/w", ["amqp://a/v", "amqps://b/w"]),
+        ("amqp://u:p@[::1]:5672/v", ["amqp://u:p@[::1]:5672/v"]),
+    ],
+)
+def test_a_url_may_name_several_hosts(url: str, expected: list[str]) -> None:
+    assert hosts(url) == expected
+
+
+@pytest.mark.parametrize(
+    "url", ["", "h", "http://u:hunter2@h/", "amqp://", "amqp://u:hunter2@h:x/v", "amqp://h:70000/"]
+)
+def test_what_is_not_an_amqp_url_is_refused_without_its_password(url: str) -> None:
+    with pytest.raises(BadConfiguration) as refused:
+        hosts(url)
+
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("amqp://bob:hunter2@h:5672/v", "amqp://bob:***@h:5672/v"),
+        ("to amqp://a:b@h and postgresql+asyncpg://c:d@h/x", None),
+        ("amqp://bob:hun@ter:2@h/v", "amqp://bob:***@h/v"),
+        ("amqp://:hunter2@h", "amqp://:***@h"),
+        ("amqp://h/v", "amqp://h/v"),
+        ("at 12:30 mail a@b", "at 12:30 mail a@b"),
+    ],
+)
+def test_passwords_in_urls_are_masked(text: str, shown: str | None) -> None:
+    assert masked(text) == (shown or "to amqp://a:***@h and postgresql+asyncpg://c:***@h/x")
+
+
+async def test_a_cancellation_that_nobody_asked_for_is_a_broken_connection() -> None:
+    with (
+        pytest.raises(BusUnavailable, match="publishing: the connection broke"),
+        translated("publishing"),
+    ):
+        raise asyncio.CancelledError
+
+
+async def test_a_cancellation_that_somebody_asked_for_stays_one() -> None:
+    async def wait() -> None:
+        with translated("publishing"):
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(wait())
+    await asyncio.sleep(0)
+    task.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+@pytest.mark.parametrize(
+    ("raised", "ours"),
+    [
+        (TimeoutError(), BusUnavailable),
+        (OSError("x"), BusUnavailable),
+        (RuntimeError("x"), BusUnavailable),
+        (aiormq.exceptions.ChannelNotFoundEntity("no exchange"), TopologyMissing),
+        (aiormq.exceptions.ChannelAccessRefused("no"), BusRefused),
+        (aiormq.exceptions.ChannelInvalidStateError("closed"), BusUnavailable),
+    ],
+)
+def test_library_errors_become_ours(raised: Exception, ours: type[Exception]) -> None:
+    with pytest.raises(ours), translated("doing"):
+        raise raised

@@ -1,0 +1,294 @@
+"""The wire contract: what is taken, what is refused, and why."""
+
+import json
+from contextlib import suppress
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+
+from chiffon.errors import BadMessage
+from chiffon.messages import (
+    MAX_ARRAY_BYTES,
+    MAX_MESSAGE_BYTES,
+    CapacityQuery,
+    ResourceMetrics,
+    StatusUpdate,
+    decode,
+    decode_heartbeats,
+    encode,
+    json_schema,
+    routing_key,
+)
+from tests.fixtures.heartbeats import update
+
+AGENT = "6e5b0a3e-3c1e-4f0e-9f3a-0c5b1c9d7a11"
+KEY = f"heartbeat.default.desktop.{AGENT}"
+
+# The example of the design, as somebody would type it.
+BODY: dict[str, Any] = {
+    "agent_id": AGENT,
+    "agent_type": "desktop",
+    "pool_name": "default",
+    "capabilities": ["gpu"],
+    "status": "online",
+    "hostname": "rig-7",
+    "agent_version": "0.1.0",
+    "incarnation": 1767225600000,
+    "sequence": 42,
+    "sent_at": "2026-01-01T00:00:00Z",
+    "interval_seconds": 5.0,
+    "resources": {
+        "cpu_percent": 12.5,
+        "cpu_cores_physical": 16,
+        "cpu_cores_available": 14,
+        "cpu_load_1min": 1.2,
+        "cpu_load_5min": 1.1,
+        "memory_percent": 41.0,
+        "memory_available_gb": 37.5,
+        "gpu_vram_total_gb": 24.0,
+        "gpu_vram_available_gb": 20.5,
+        "gpu_type": "nvidia",
+        "gpus": [
+            {
+                "uuid": "GPU-1",
+                "index": 0,
+                "name": "RTX",
+                "vram_total_gb": 24.0,
+                "vram_available_gb": 20.5,
+                "utilization_percent": 3.0,
+            }
+        ],
+        "probe_errors": [],
+    },
+}
+
+
+def changed(**fields: Any) -> bytes:
+    return json.dumps({**BODY, **fields}).encode()
+
+
+def resources(**fields: Any) -> bytes:
+    return changed(resources={**BODY["resources"], **fields})
+
+
+def test_the_example_of_the_design_is_read_and_written_unchanged() -> None:
+    [read], refused = decode_heartbeats(changed(), KEY)
+
+    assert json.loads(encode(read)) == BODY
+    assert list(refused) == []
+
+
+def test_a_heartbeat_without_resources_is_taken() -> None:
+    body = {name: value for name, value in BODY.items() if name != "resources"}
+
+    [read], _ = decode_heartbeats(json.dumps(body).encode(), KEY)
+
+    assert read.resources is None
+
+
+def test_a_scalar_that_is_left_out_is_unknown_and_not_zero() -> None:
+    metrics = ResourceMetrics(cpu_percent=50.0)
+
+    assert (metrics.memory_available_gb, metrics.gpu_vram_available_gb) == (None, None)
+
+
+def test_no_gpu_means_a_known_zero_of_vram() -> None:
+    metrics = ResourceMetrics(gpu_type="none")
+
+    assert (metrics.gpu_vram_total_gb, metrics.gpu_vram_available_gb) == (0.0, 0.0)
+
+
+def test_unknown_fields_are_ignored() -> None:
+    [read], _ = decode_heartbeats(changed(colour="red"), KEY)
+
+    assert "colour" not in json.loads(encode(read))
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"", "not JSON: the body is empty"),
+        (b"   ", "not JSON"),
+        (b"{", "not JSON"),
+        (b"{} {}", "not JSON"),
+        (b"\xef\xbb\xbf{}", "not JSON"),
+        ("{}".encode("utf-16"), "not JSON"),
+        (b"\x80\x04N.", "not JSON"),
+        (b'{"a": NaN}', "not JSON"),
+        (b'{"a": "\\ud800"}', "not JSON"),
+        (b"[" * 300, "not JSON"),
+        (b"null", "expected a JSON object"),
+        (b"5", "expected a JSON object"),
+        (b'"x"', "expected a JSON object"),
+        (b"{}", "agent_id: Field required"),
+        (changed(agent_id="7"), "agent_id"),
+        (changed(agent_id=5), "agent_id: must be a string"),
+        (changed(agent_type="toaster"), "agent_type"),
+        (changed(pool_name="a.b"), "pool_name"),
+        (changed(pool_name="a\n"), "pool_name"),
+        (changed(pool_name=""), "pool_name"),
+        (changed(status="asleep"), "status"),
+        (changed(hostname="a\u0000b"), "hostname"),
+        (changed(hostname="a\u202eb"), "hostname"),
+        (changed(hostname="\u001b[31m"), "hostname"),
+        (changed(capabilities=["a b"]), "capabilities.0"),
+        (changed(incarnation=-1), "incarnation"),
+        (changed(incarnation=2**53), "incarnation"),
+        (changed(incarnation="5"), "incarnation"),
+        (changed(incarnation=True), "incarnation"),
+        (changed(sequence=0), "sequence"),
+        (changed(sequence=1.5), "sequence"),
+        (changed(sent_at="yesterday"), "sent_at"),
+        (changed(sent_at="2026-01-01T00:00:00"), "sent_at"),
+        (changed(sent_at="0001-01-01T00:00:00+14:00"), "sent_at"),
+        (changed(sent_at=1767225600), "sent_at: must be a string"),
+        (changed(interval_seconds=0.4), "interval_seconds"),
+        (changed(interval_seconds=601), "interval_seconds"),
+        (resources(cpu_percent=101), "resources.cpu_percent"),
+        (resources(cpu_cores_available=1.5), "resources.cpu_cores_available"),
+        (resources(cpu_cores_available=-1), "resources.cpu_cores_available"),
+        (resources(gpu_vram_available_gb=25.0), "gpu_vram_available_gb is more than"),
+        (resources(gpu_type="none"), "there is VRAM"),
+        (resources(gpus=[{"index": 0}, {"index": 0}]), "two have the same index"),
+        (resources(gpus=[{"index": i} for i in range(65)]), "resources.gpus"),
+        (resources(probe_errors=["two\nlines"]), "resources.probe_errors.0"),
+        (changed().replace(b"12.5", b"1e999"), "resources.cpu_percent: Input should be a finite"),
+        (changed().replace(b"12.5", b"9" * 5_000), "not JSON: number out of range"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_a_reason_that_names_it(body: bytes, reason: str) -> None:
+    with pytest.raises(BadMessage) as refused:
+        decode_heartbeats(body, KEY)
+
+    assert reason in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"heartbeat.other.desktop.{AGENT}",
+        f"heartbeat.default.code.{AGENT}",
+        f"heartbeat.default.desktop.{uuid4()}",
+        f"heartbeat.default.desktop.{AGENT}.x",
+        "",
+    ],
+)
+def test_a_routing_key_that_does_not_agree_with_the_body_is_refused(key: str) -> None:
+    with pytest.raises(BadMessage, match="does not agree"):
+        decode_heartbeats(changed(), key)
+
+
+def test_a_routing_key_may_spell_the_id_in_capitals() -> None:
+    [read], _ = decode_heartbeats(changed(agent_id=AGENT.upper()), KEY.upper().replace("H", "h", 1))
+
+    assert routing_key(read) == KEY
+
+
+def test_a_heartbeat_of_the_largest_size_is_taken_and_one_byte_more_is_not() -> None:
+    body = changed()
+    padded = body + b" " * (MAX_MESSAGE_BYTES - len(body))
+
+    assert decode_heartbeats(padded, KEY)[0]
+    with pytest.raises(BadMessage, match="65537 bytes; at most 65536"):
+        decode_heartbeats(padded + b" ", KEY)
+
+
+def test_a_bad_element_of_an_array_costs_only_itself() -> None:
+    good = [update(), update()]
+    elements = [json.loads(encode(good[0])), {"agent_id": "x"}, json.loads(encode(good[1]))]
+
+    read, refused = decode_heartbeats(json.dumps(elements).encode(), "heartbeat.p.relay.r-1")
+
+    assert read == good
+    assert [json.loads(one.body) for one in refused] == [{"agent_id": "x"}]
+    assert refused[0].reason.startswith("element 1 of 3: agent_id")
+
+
+def test_an_array_has_its_own_limits() -> None:
+    with pytest.raises(BadMessage, match="1001 heartbeats in one array; at most 1000"):
+        decode_heartbeats(json.dumps([{}] * 1001).encode(), "heartbeat.p.relay.r")
+    with pytest.raises(BadMessage, match="at most 1048576"):
+        decode_heartbeats(b" " * (MAX_ARRAY_BYTES + 1), "heartbeat.p.relay.r")
+
+
+def test_only_a_relay_may_speak_for_others() -> None:
+    element = json.loads(encode(update()))
+
+    read, refused = decode_heartbeats(json.dumps([element]).encode(), KEY)
+
+    assert not read
+    assert "does not agree" in refused[0].reason
+
+
+def test_a_query_has_the_defaults_of_the_design() -> None:
+    query = decode(CapacityQuery, b"{}")
+
+    assert query.model_dump() == {
+        "min_gpu_vram_gb": 0.0,
+        "min_cpu_cores": 1,
+        "min_memory_gb": 0.0,
+        "agent_type": "desktop",
+        "pool_name": None,
+        "gpu_type": None,
+        "capabilities": [],
+        "limit": 100,
+        "explain": False,
+    }
+
+
+@pytest.mark.parametrize(
+    "needs",
+    [
+        {"limit": 0},
+        {"limit": 1001},
+        {"min_cpu_cores": -1},
+        {"min_gpu_vram_gb": -0.1},
+        {"min_gpu_vram_gb": "4"},
+        {"agent_type": "toaster"},
+        {"capabilities": "gpu"},
+    ],
+)
+def test_needs_out_of_range_are_refused(needs: dict[str, Any]) -> None:
+    [name] = needs
+
+    with pytest.raises(BadMessage, match=name):
+        decode(CapacityQuery, json.dumps(needs).encode())
+
+
+def test_the_schema_is_valid_and_the_example_fits_it() -> None:
+    schema = json_schema()
+    Draft202012Validator.check_schema(schema)
+    heartbeat = {**schema, "$ref": schema["x-amqp-types"]["status_update.v1"]["$ref"]}
+
+    assert Draft202012Validator(heartbeat).is_valid(BODY)
+    assert not Draft202012Validator(heartbeat).is_valid({**BODY, "sequence": 0})
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_read_or_refused_and_nothing_else(body: bytes) -> None:
+    with suppress(BadMessage):
+        decode_heartbeats(body, KEY)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=5,
+    ),
+    st.sampled_from(sorted(BODY)),
+)
+def test_a_field_with_anything_in_it_is_read_or_refused_by_name(value: Any, name: str) -> None:
+    try:
+        [read], _ = decode_heartbeats(changed(**{name: value}), KEY)
+    except BadMessage as error:
+        said = str(error)
+    else:
+        said = "" if isinstance(read, StatusUpdate) else "not a heartbeat"
+
+    assert said == "" or any(word in said for word in (name, "not JSON", "does not agree"))
