@@ -8,7 +8,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -237,6 +237,7 @@ class Registry:
 
     def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
         self._pool = pool
+        self._prepared_on: set[int] = set()
 
     @classmethod
     @asynccontextmanager
@@ -258,7 +259,6 @@ class Registry:
                 timeout=ANSWER_SECONDS,
                 command_timeout=ANSWER_SECONDS,
                 max_cached_statement_lifetime=0,
-                init=_prepare,
                 server_settings={"application_name": "chiffon"},
             )
         try:
@@ -286,10 +286,19 @@ class Registry:
         if not batch:
             return []
         async with self._connection() as connection:
+            await self._prepare_on(connection)
             now = time.monotonic()
             columns = zip(*(_columns(receipt, now) for receipt in batch), strict=True)
             rows = await connection.fetch(RECORD, *(list(column) for column in columns))
         return [Stale(*row) for row in rows]
+
+    async def _prepare_on(self, connection: "PoolConnectionProxy[asyncpg.Record]") -> None:
+        # The server parses a statement at its first use on a connection, and may wait for a lock
+        # meanwhile: that has to be over before anybody says how long a message was held.
+        backend = connection.get_server_pid()
+        if backend not in self._prepared_on:
+            await connection.fetch(RECORD, *([] for _ in range(14)))
+            self._prepared_on.add(backend)
 
     async def mark_path_fresh(self, received: float) -> None:
         """Note that a canary went the whole way to the database.
@@ -392,16 +401,6 @@ def asyncpg_url(url: str) -> str:
 def sqlalchemy_url(url: str) -> str:
     """Return the URL in the form that SQLAlchemy takes for the asyncpg driver."""
     return asyncpg_url(url).replace("postgresql", "postgresql+asyncpg", 1)
-
-
-async def _prepare(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
-    """Have the server parse ``RECORD`` before anybody says how long a message was held.
-
-    Parsing may wait for a lock, and the statement's timestamp is taken after it. From then on the
-    connection keeps the statement.
-    """
-    with suppress(asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
-        await connection.fetch(RECORD, *([] for _ in range(14)))
 
 
 def _columns(receipt: Receipt, now: float) -> tuple[Any, ...]:

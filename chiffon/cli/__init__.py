@@ -4,7 +4,6 @@ Commands import what they need when they run, so that ``--help`` and completion 
 Data goes to standard output, everything else to standard error.
 """
 
-import os
 import sys
 from typing import Annotated
 
@@ -61,10 +60,6 @@ def main() -> int:
     except ChiffonError as error:
         print(f"chiffon: {masked(str(error))}", file=sys.stderr)
         return exit_code(error)
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; what is still buffered goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         return 130
     except SystemExit as ended:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from chiffon.cli.output import FormatOption, show_one
+from chiffon.cli.output import Format, FormatOption, emit, show_one
 
 app = typer.Typer(help="This machine's agent.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -53,10 +53,8 @@ def probe(
     """Print the heartbeat that would be sent, and send nothing."""
     import asyncio
     import json
-    import sys
 
     from chiffon.agent import preview
-    from chiffon.cli.output import Format
     from chiffon.messages import encode
     from chiffon.settings import load
 
@@ -68,6 +66,6 @@ def probe(
     )
     body = encode(asyncio.run(preview(settings))).decode()
     if output in (Format.json, Format.jsonl):
-        sys.stdout.write(f"{body}\n")
+        emit(body)
     else:
         show_one(json.loads(body), output)

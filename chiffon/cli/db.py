@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from chiffon.cli.output import note
+from chiffon.cli.output import emit, note
 
 app = typer.Typer(help="The registry's tables.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -52,7 +52,7 @@ def current() -> None:
         async with Registry.open(_url()) as registry:
             return await registry.revision()
 
-    print(asyncio.run(revision()) or "none")
+    emit(asyncio.run(revision()) or "none")
 
 
 @app.command()

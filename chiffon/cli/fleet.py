@@ -8,7 +8,16 @@ from uuid import UUID
 
 import typer
 
-from chiffon.cli.output import Format, FormatOption, note, print_plain, show_many, show_one, table
+from chiffon.cli.output import (
+    Format,
+    FormatOption,
+    emit,
+    note,
+    print_plain,
+    show_many,
+    show_one,
+    table,
+)
 from chiffon.cli.rows import FLEET, agent_data
 
 if TYPE_CHECKING:
@@ -122,7 +131,7 @@ async def _redraw(looks: AsyncIterator[list[Data]]) -> None:
 def _stream(output: Format | None) -> Callable[[AsyncIterator[list[Data]]], Any]:
     def line(agent: Data) -> None:
         if output is Format.jsonl:
-            print(json.dumps(agent), flush=True)
+            emit(json.dumps(agent))
         else:
             print_plain([[column.cell(agent) for column in FLEET]])
 

@@ -5,6 +5,7 @@ that is never cut.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,16 @@ class Column:
     is_number: bool = False
 
 
+def emit(text: str) -> None:
+    """Print a piece of the answer; a reader that has seen enough ends the command in peace."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # What is still buffered goes nowhere, also at the end of the process.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+
+
 def note(text: str) -> None:
     """Tell a person something that is not part of the answer."""
     print(text, file=sys.stderr, flush=True)
@@ -61,10 +72,10 @@ def note(text: str) -> None:
 def show_many(rows: Sequence[Row], columns: Sequence[Column], form: Format | None) -> None:
     """Print a list: in JSON an array, with ``jsonl`` an object a line."""
     if form is Format.json:
-        print(json.dumps(list(rows)))
+        emit(json.dumps(list(rows)))
     elif form is Format.jsonl:
         for row in rows:
-            print(json.dumps(row))
+            emit(json.dumps(row))
     elif form is Format.table or sys.stdout.isatty():
         _print_table(table(rows, columns))
     else:
@@ -75,7 +86,7 @@ def show_many(rows: Sequence[Row], columns: Sequence[Column], form: Format | Non
 def show_one(row: Row, form: Format | None) -> None:
     """Print one object: for people a line a field."""
     if form in (Format.json, Format.jsonl):
-        print(json.dumps(row))
+        emit(json.dumps(row))
         return
     pairs = [{"field": name, "value": value} for name, value in _flat(row)]
     columns = [
@@ -102,7 +113,7 @@ def table(rows: Sequence[Row], columns: Sequence[Column]) -> "Table":
 def print_plain(rows: Iterable[Sequence[str]]) -> None:
     """Print tab-separated lines."""
     for row in rows:
-        print("\t".join(_printable(cell) for cell in row), flush=True)
+        emit("\t".join(_printable(cell) for cell in row))
 
 
 def plain(value: Any) -> str:
@@ -140,7 +151,9 @@ def _print_table(made: "Table") -> None:
     if not sys.stdout.isatty() or console.width < console.measure(made).maximum:
         # Wider than the terminal: let it wrap there rather than cut an agent's id.
         console = Console(width=max(console.measure(made, options=_endless(console)).maximum, 1))
-    console.print(made, crop=False, overflow="ignore")
+    with console.capture() as capture:
+        console.print(made, crop=False, overflow="ignore")
+    emit(capture.get().rstrip("\n"))
 
 
 def _endless(console: Any) -> Any:

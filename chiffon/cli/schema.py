@@ -2,6 +2,8 @@
 
 import typer
 
+from chiffon.cli.output import emit
+
 app = typer.Typer(
     help="The wire contract, for programs.", no_args_is_help=True, rich_markup_mode=None
 )
@@ -19,4 +21,4 @@ def jsonschema() -> None:
 
     from chiffon.messages import json_schema
 
-    print(json.dumps(json_schema(), indent=2))
+    emit(json.dumps(json_schema(), indent=2))

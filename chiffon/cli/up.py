@@ -1,12 +1,11 @@
 """``chiffon up``: everything on this machine."""
 
 import json
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from chiffon.cli.output import Format, FormatOption, note, show_many
+from chiffon.cli.output import Format, FormatOption, emit, note, show_many
 from chiffon.cli.rows import FLEET, OFFERS, agent_data
 
 if TYPE_CHECKING:
@@ -49,15 +48,14 @@ def _show(made: "Up", output: Format | None, once: bool) -> None:
     offers = made.offers.model_dump(mode="json")
     urls = {name.removesuffix("_url"): masked(url) for name, url in made.urls.items()}
     if output in (Format.json, Format.jsonl):
-        print(json.dumps({"agents": agents, "offers": offers, "urls": urls}), flush=True)
+        emit(json.dumps({"agents": agents, "offers": offers, "urls": urls}))
         return
-    print("The fleet, as the registry has it:")
+    emit("The fleet, as the registry has it:")
     show_many(agents, FLEET, output)
-    print("Offers, as a planner got them over AMQP:")
+    emit("Offers, as a planner got them over AMQP:")
     show_many(offers["agents"], OFFERS, output)
-    print("Addresses:")
+    emit("Addresses:")
     for name, url in urls.items():
-        print(f"  {name:<12}{url}")
-    sys.stdout.flush()
+        emit(f"  {name:<12}{url}")
     if not once:
         note("up; Ctrl-C stops it. In another terminal: chiffon fleet list")

@@ -40,11 +40,16 @@ _ERLANG_FLAGS = (
 
 @dataclass(frozen=True)
 class RabbitMQ:
-    """A running private broker."""
+    """A running private broker.
+
+    ``rabbitmqctl`` beside ``program``, run with ``environment``, manages it.
+    """
 
     amqp_url: str
     management_url: str
     child: Child
+    program: Path
+    environment: dict[str, str]
 
 
 def server_program() -> Path:
@@ -115,7 +120,7 @@ async def run(state: Path, *, stop_gently: bool = True) -> AsyncIterator[RabbitM
         amqp_url = f"amqp://{USER}:{password}@127.0.0.1:{amqp_port}/{VHOST}"
         await _answers(broker, amqp_url)
         management_url = f"http://{USER}:{password}@127.0.0.1:{management_port}"
-        yield RabbitMQ(amqp_url, management_url, broker)
+        yield RabbitMQ(amqp_url, management_url, broker, program, environment)
     finally:
         if broker is not None:
             how = signal.SIGTERM if stop_gently else signal.SIGKILL

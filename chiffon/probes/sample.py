@@ -95,7 +95,8 @@ def drm_cards(sysfs: Path, vendor_id: int) -> list[Path]:
     """Return the device folders of one vendor's cards: no connectors, no render nodes."""
     cards = [path for path in sysfs.glob("class/drm/card*") if path.name[4:].isdigit()]
     cards.sort(key=lambda path: int(path.name[4:]))
-    return [card for card in cards if number(card / "device" / "vendor") == vendor_id]
+    devices = [card / "device" for card in cards]
+    return [device for device in devices if number(device / "vendor") == vendor_id]
 
 
 def _sum(values: list[float | None], errors: list[str]) -> float | None:

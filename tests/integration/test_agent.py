@@ -1,0 +1,254 @@
+"""The agent as a library class, on a real broker."""
+
+import asyncio
+import json
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import pytest
+from pydantic import ValidationError
+
+from chiffon.agent import BaseAgent
+from chiffon.bus import dial
+from chiffon.errors import BusRefused, Unroutable
+from chiffon.identity import Identity
+from chiffon.messages import ResourceMetrics
+from chiffon.provisioning import declare
+from tests.fixtures import plain
+from tests.fixtures.servers import Management, Servers
+from tests.fixtures.waiting import until
+
+
+class Inbox:
+    """What the broker got, as somebody who is not chiffon sees it."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+
+    async def next(self) -> Any:
+        async def message() -> Any:
+            return await self._queue.get(fail=False, no_ack=True)
+
+        return await until(message, "a heartbeat")
+
+    async def body(self) -> dict[str, Any]:
+        return dict(json.loads((await self.next()).body))
+
+    async def until_status(self, status: str) -> dict[str, Any]:
+        while True:
+            body = await self.body()
+            if body["status"] == status:
+                return body
+
+
+@pytest.fixture
+async def inbox(broker: str) -> Any:
+    async with plain.channel(broker) as channel:
+        yield Inbox(await channel.get_queue("chiffon.ingest"))
+
+
+async def test_the_first_heartbeat_comes_at_once_and_says_who_and_what(
+    broker: str, inbox: Inbox
+) -> None:
+    who = Identity(uuid4(), 1_767_225_600_000)
+    agent = BaseAgent(
+        broker,
+        identity=who,
+        agent_type="code",
+        pool_name="lab",
+        capabilities=["gpu"],
+        interval_seconds=60.0,
+        hostname="rig-7",
+    )
+    async with agent:
+        message = await inbox.next()
+
+    body = json.loads(message.body)
+    assert message.routing_key == f"heartbeat.lab.code.{who.agent_id}"
+    assert (message.type, message.content_type) == ("status_update.v1", "application/json")
+    assert message.expiration == 180.0
+    assert (body["agent_id"], body["incarnation"], body["sequence"]) == (
+        str(who.agent_id),
+        who.incarnation,
+        1,
+    )
+    assert (body["hostname"], body["capabilities"], body["status"]) == ("rig-7", ["gpu"], "online")
+    resources = body["resources"]
+    assert resources["cpu_cores_available"] is not None, "two samples were taken before"
+    assert resources["memory_available_gb"] > 0
+
+
+async def test_heartbeats_follow_one_another_in_order(broker: str, inbox: Inbox) -> None:
+    async with BaseAgent(broker, interval_seconds=0.5):
+        sequences = [(await inbox.body())["sequence"] for _ in range(3)]
+
+    assert sequences == [1, 2, 3]
+
+
+async def test_a_farewell_is_sent_at_the_end_and_does_not_expire(broker: str, inbox: Inbox) -> None:
+    async with BaseAgent(broker, interval_seconds=60.0):
+        await inbox.next()
+
+    farewell = await inbox.next()
+    body = json.loads(farewell.body)
+    assert (body["status"], body["sequence"], farewell.expiration) == ("offline", 2, None)
+
+
+async def test_a_changed_status_goes_out_at_once(broker: str, inbox: Inbox) -> None:
+    async with BaseAgent(broker, interval_seconds=600.0) as agent:
+        await inbox.until_status("online")
+
+        agent.status = "busy"
+
+        assert (await inbox.until_status("busy"))["sequence"] == 2
+
+
+async def test_changed_capabilities_go_out_at_once_and_bad_ones_are_refused(
+    broker: str, inbox: Inbox
+) -> None:
+    async with BaseAgent(broker, interval_seconds=600.0, capabilities=["a"]) as agent:
+        await inbox.next()
+
+        with pytest.raises(ValidationError):
+            agent.capabilities = ["not a word"]
+        assert agent.capabilities == ["a"]
+        agent.capabilities = ["b"]
+
+        assert (await inbox.body())["capabilities"] == ["b"]
+
+
+async def test_a_heartbeat_can_be_sent_by_hand(broker: str, inbox: Inbox) -> None:
+    async with BaseAgent(broker, interval_seconds=600.0) as agent:
+        await inbox.next()
+
+        sent = await agent.send_heartbeat()
+
+        assert (await inbox.body())["sequence"] == sent.sequence == 2
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"interval_seconds": 0.1}, {"pool_name": "a.b"}, {"agent_type": "x"}, {"hostname": "a\nb"}],
+)
+async def test_what_the_contract_does_not_allow_is_refused_before_anything_is_sent(
+    fields: dict[str, Any],
+) -> None:
+    with pytest.raises(ValidationError):
+        BaseAgent("amqp://h/", **fields)
+
+
+async def test_after_a_cut_one_fresh_heartbeat_comes_at_once(
+    broker: str, inbox: Inbox, management: Management
+) -> None:
+    async with BaseAgent(broker, interval_seconds=600.0) as agent:
+        await inbox.next()
+
+        await cut(management, broker, str(agent.identity.agent_id))
+
+        assert (await inbox.body())["sequence"] == 2
+
+
+async def cut(management: Management, amqp_url: str, name: str) -> None:
+    from urllib.parse import quote
+
+    vhost = urlsplit(amqp_url).path[1:]
+
+    async def listed() -> list[str]:
+        return [
+            one["name"]
+            for one in management.call("GET", f"vhosts/{vhost}/connections")
+            if one.get("client_properties", {}).get("connection_name") == name
+        ]
+
+    for connection in await until(listed, f"a connection named {name}"):
+        management.call("DELETE", f"connections/{quote(connection)}")
+
+
+async def test_an_agent_waits_for_a_broker_that_is_not_ready_and_keeps_nothing(
+    amqp_url: str,
+) -> None:
+    """It starts before any orchestrator has declared the exchange, with a short interval."""
+    async with BaseAgent(amqp_url, interval_seconds=0.5):
+        await asyncio.sleep(2)  # four heartbeats would have been due
+        session = await dial(amqp_url, "test")
+        await declare(session)
+        await session.close()
+        async with plain.channel(amqp_url) as channel:
+            inbox = Inbox(await channel.get_queue("chiffon.ingest"))
+
+            assert (await inbox.body())["sequence"] <= 2
+
+
+async def test_an_unroutable_heartbeat_is_told_and_does_not_cost_the_connection(
+    amqp_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with plain.channel(amqp_url) as channel:
+        exchange = await channel.declare_exchange("chiffon.heartbeats", "topic", durable=True)
+        async with BaseAgent(amqp_url, interval_seconds=600.0) as agent:
+
+            async def told() -> bool:
+                return "heartbeats are lost" in caplog.text
+
+            await until(told, "a warning")
+            with pytest.raises(Unroutable):
+                await agent.send_heartbeat()
+            queue = await channel.declare_queue(exclusive=True)
+            await queue.bind(exchange, "heartbeat.#")
+
+            await agent.send_heartbeat()
+
+            assert (await Inbox(queue).body())["status"] == "online"
+            assert "lost the broker" not in caplog.text
+
+
+async def test_a_broker_that_refuses_from_the_start_ends_an_agent_that_asked_for_that(
+    amqp_url: str,
+) -> None:
+    wrong = f"amqp://bob:hunter2@{amqp_url.partition('@')[2]}"
+
+    async with BaseAgent(wrong, stop_if_refused=True) as agent:
+        with pytest.raises(BusRefused, match="refused user 'bob'"):
+            async with asyncio.timeout(20):
+                await agent.wait()
+
+
+async def test_probes_that_fail_do_not_stop_the_heartbeat(broker: str, inbox: Inbox) -> None:
+    class Broken:
+        async def read(self) -> ResourceMetrics:
+            raise OSError("the bus is on fire")
+
+        def close(self) -> None:
+            pass
+
+    broken: Any = Broken()
+    async with BaseAgent(broker, resources=broken):
+        body = await inbox.body()
+
+    assert body["resources"]["probe_errors"] == ["the probes failed: OSError"]
+    assert body["resources"]["gpu_vram_available_gb"] is None
+
+
+async def test_an_agent_that_an_alarm_blocks_keeps_its_connection_and_waits(
+    broker: str, inbox: Inbox, servers: Servers, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with BaseAgent(broker, interval_seconds=0.5) as agent:
+        await inbox.next()
+        session = agent._link.current
+        assert session is not None
+        try:
+            await asyncio.to_thread(servers.rabbitmqctl, "set_vm_memory_high_watermark", "0.00001")
+
+            async def blocked() -> bool:
+                return session.is_blocked and "not confirmed" in caplog.text
+
+            await until(blocked, "the agent blocked, and told so")
+        finally:
+            await asyncio.to_thread(servers.rabbitmqctl, "set_vm_memory_high_watermark", "0.6")
+        before = agent._sequence
+
+        async def fresh() -> bool:
+            return bool((await inbox.body())["sequence"] > before)
+
+        await until(fresh, "a heartbeat that was read after the alarm")
+        assert agent._link.current is session, "it dialled again"

@@ -1,0 +1,441 @@
+"""Questions over AMQP: planner and responder, and what may go wrong between them."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+from urllib.parse import quote
+from uuid import uuid4
+
+import aio_pika
+import pytest
+
+from chiffon import topology
+from chiffon.errors import (
+    AgentNotFoundError,
+    BusRefused,
+    BusUnavailable,
+    CapacityRefused,
+    CapacityTimeout,
+    NoResponders,
+)
+from chiffon.messages import CapacityQuery
+from chiffon.planner import PlannerClient
+from chiffon.registry import Receipt, Registry
+from tests.fixtures import plain
+from tests.fixtures.heartbeats import RESOURCES, update
+from tests.fixtures.plain import Queues
+from tests.fixtures.servers import Databases, Management
+from tests.fixtures.system import consumers, orchestrating
+from tests.fixtures.waiting import until
+
+
+@pytest.fixture
+async def serving(amqp_url: str, database_url: str) -> AsyncIterator[str]:
+    """An orchestrator that answers on this virtual host."""
+    async with orchestrating(amqp_url, database_url):
+        yield amqp_url
+
+
+@pytest.fixture
+async def planner(serving: str) -> AsyncIterator[PlannerClient]:
+    async with PlannerClient.open(serving) as opened:
+        yield opened
+
+
+@pytest.fixture
+def queues(management: Management, amqp_url: str) -> Queues:
+    return Queues(management, amqp_url)
+
+
+async def record(registry: Registry, *updates: Any) -> None:
+    receipts = [Receipt(one, time.monotonic()) for one in updates]
+    await registry.record(sorted(receipts, key=lambda one: one.update.agent_id))
+
+
+class Caller:
+    """A planner that is not chiffon: a reply queue of its own, plain properties."""
+
+    def __init__(self, channel: Any, queue: Any) -> None:
+        self._channel = channel
+        self._queue = queue
+
+    async def ask(self, kind: str | None, body: Any, **properties: Any) -> Any:
+        """Return the reply message."""
+        properties.setdefault("reply_to", self._queue.name)
+        properties.setdefault("correlation_id", uuid4().hex)
+        kind_or_none: Any = kind
+        await plain.publish(
+            self._channel, "chiffon.rpc", "capacity", body, kind_or_none, **properties
+        )
+
+        async def reply() -> Any:
+            return await self._queue.get(fail=False, no_ack=True)
+
+        message = await until(reply, f"a reply to {kind}")
+        assert message.correlation_id == properties["correlation_id"]
+        return message
+
+    async def refusal(self, kind: str | None, body: Any, **properties: Any) -> str:
+        """Return the code of the ``error.v1`` that comes back."""
+        message = await self.ask(kind, body, **properties)
+        answer = json.loads(message.body)
+        assert message.type == "error.v1"
+        assert set(answer) == {"code", "message", "details"}
+        return str(answer["code"])
+
+
+@pytest.fixture
+async def caller(serving: str) -> AsyncIterator[Caller]:
+    async with plain.channel(serving) as channel:
+        yield Caller(channel, await channel.declare_queue(exclusive=True))
+
+
+async def test_find_answers_with_offers_best_first(
+    planner: PlannerClient, registry: Registry
+) -> None:
+    small = update(resources={"gpu_vram_available_gb": 8.0})
+    large = update(resources={"gpu_vram_available_gb": 24.0})
+    await record(registry, small, large, update(status="busy"), update(status="offline"))
+
+    offers = await planner.find(CapacityQuery(min_gpu_vram_gb=4))
+
+    assert [offer.agent_id for offer in offers.agents] == [large.agent_id, small.agent_id]
+    assert (offers.total_matches, offers.total_relation) == (2, "eq")
+    [best, _] = offers.agents
+    assert (best.hostname, best.status, best.gpu_vram_available_gb) == ("rig-7", "online", 24.0)
+    assert 0 <= best.heartbeat_age_seconds < 10
+
+
+async def test_more_matches_than_the_limit_are_said_to_be_more(
+    planner: PlannerClient, registry: Registry
+) -> None:
+    await record(registry, *(update() for _ in range(5)))
+
+    some = await planner.find(CapacityQuery(limit=3))
+    explained = await planner.find(CapacityQuery(limit=3, explain=True))
+
+    assert (len(some.agents), some.total_matches, some.total_relation) == (3, 3, "gte")
+    assert (len(explained.agents), explained.total_matches, explained.total_relation) == (
+        3,
+        5,
+        "eq",
+    )
+
+
+async def test_show_answers_with_one_agents_metrics(
+    planner: PlannerClient, registry: Registry
+) -> None:
+    sent = update()
+    await record(registry, sent)
+
+    answer = await planner.show(sent.agent_id)
+
+    assert {name: getattr(answer, name) for name in RESOURCES} == RESOURCES
+    assert answer.timestamp is not None
+
+
+async def test_an_unknown_agent_is_the_same_error_as_from_the_service(
+    planner: PlannerClient,
+) -> None:
+    with pytest.raises(AgentNotFoundError):
+        await planner.show(uuid4())
+
+
+async def test_many_questions_at_once_each_get_their_own_answer(
+    planner: PlannerClient, registry: Registry
+) -> None:
+    agents = [update(pool_name=f"pool-{number}") for number in range(50)]
+    await record(registry, *agents)
+
+    answers = await asyncio.gather(
+        *(planner.find(CapacityQuery(pool_name=agent.pool_name), timeout=20) for agent in agents)
+    )
+
+    found = [[offer.agent_id for offer in answer.agents] for answer in answers]
+    assert found == [[agent.agent_id] for agent in agents]
+
+
+async def test_nobody_listening_is_known_at_once(broker: str) -> None:
+    async with PlannerClient.open(broker) as planner:
+        began = time.monotonic()
+        with pytest.raises(NoResponders, match="is an orchestrator running"):
+            await planner.find(timeout=30)
+
+        assert time.monotonic() - began < 15, "it waited for its timeout"
+
+
+async def test_a_broker_that_no_orchestrator_ever_saw_is_said_to_be_that(amqp_url: str) -> None:
+    async with PlannerClient.open(amqp_url) as planner:
+        with pytest.raises(NoResponders, match=r"exchange chiffon\.rpc is not there yet"):
+            await planner.find(timeout=1)
+
+
+async def test_a_responder_that_does_not_answer_is_a_timeout(broker: str) -> None:
+    async with plain.channel(broker) as channel:
+        queue = await channel.declare_queue("chiffon.capacity")
+        await queue.bind("chiffon.rpc", "capacity")
+        async with PlannerClient.open(broker) as planner:
+            with pytest.raises(CapacityTimeout, match=r"no answer within 0\.5 s"):
+                await planner.find(timeout=0.5)
+
+
+async def test_a_broker_that_is_away_is_neither_of_both() -> None:
+    async with PlannerClient.open("amqp://u:p@127.0.0.1:1/") as planner:
+        with pytest.raises(BusUnavailable, match=r"cannot reach the broker at 127\.0\.0\.1:1"):
+            await planner.find(timeout=1)
+
+
+async def test_a_refused_planner_is_told_at_once(amqp_url: str) -> None:
+    wrong = f"amqp://bob:hunter2@{amqp_url.partition('@')[2]}"
+    async with PlannerClient.open(wrong) as planner:
+        with pytest.raises(BusRefused, match="refused user 'bob'"):
+            await planner.find(timeout=30)
+
+
+async def test_a_cut_connection_between_questions_is_not_noticed(
+    planner: PlannerClient, management: Management, amqp_url: str
+) -> None:
+    await planner.find()
+    await cut(management, amqp_url, "planner")
+
+    await planner.find(timeout=20)
+
+
+async def cut(management: Management, amqp_url: str, name: str) -> None:
+    vhost = amqp_url.rpartition("/")[2]
+
+    async def listed() -> list[str]:
+        return [
+            one["name"]
+            for one in management.call("GET", f"vhosts/{vhost}/connections")
+            if one.get("client_properties", {}).get("connection_name") == name
+        ]
+
+    for connection in await until(listed, f"a connection named {name}"):
+        management.call("DELETE", f"connections/{quote(connection)}")
+
+
+async def test_a_question_that_is_open_when_the_line_is_cut_is_asked_again(
+    broker: str, management: Management, amqp_url: str, database_url: str
+) -> None:
+    """Nobody answers the first time; after the cut there is an orchestrator."""
+    async with plain.channel(broker) as channel, PlannerClient.open(broker) as planner:
+        silent = await channel.declare_queue("chiffon.capacity")
+        await silent.bind("chiffon.rpc", "capacity")
+        asking = asyncio.create_task(planner.find(timeout=30))
+
+        async def asked() -> bool:
+            return (await plain.depth(broker, "chiffon.capacity"))[0] == 1
+
+        await until(asked, "the question in the queue")
+        await silent.delete(if_unused=False, if_empty=False)
+        async with orchestrating(amqp_url, database_url):
+            assert not asking.done()
+            await cut(management, amqp_url, "planner")
+
+            answer = await asking
+
+    assert answer.agents == []
+
+
+async def test_an_unknown_question_gets_an_answer_that_says_so(caller: Caller) -> None:
+    assert await caller.refusal("capacity.guess.v1", {}) == "unsupported_type"
+    assert await caller.refusal(None, {}) == "unsupported_type"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"not json",
+        [],
+        {"limit": 0},
+        {"min_gpu_vram_gb": -1},
+        {"min_cpu_cores": 1.5},
+        {"agent_type": "toaster"},
+        b'{"min_gpu_vram_gb": NaN}',
+        b" " * 65_537,
+    ],
+)
+async def test_a_bad_question_gets_an_answer_that_says_why(caller: Caller, body: Any) -> None:
+    assert await caller.refusal("capacity.find.v1", body) == "invalid_request"
+
+
+async def test_an_unknown_field_of_a_question_is_ignored(caller: Caller) -> None:
+    message = await caller.ask("capacity.find.v1", {"colour": "red"})
+
+    assert message.type == "capacity.offers.v1"
+    assert set(json.loads(message.body)) == {
+        "as_of",
+        "degraded",
+        "total_matches",
+        "total_relation",
+        "agents",
+    }
+
+
+async def test_show_of_an_unknown_agent_names_it(caller: Caller) -> None:
+    unknown = str(uuid4())
+
+    message = await caller.ask("capacity.show.v1", {"agent_id": unknown})
+
+    answer = json.loads(message.body)
+    assert (answer["code"], answer["details"]) == ("agent_not_found", {"agent_id": unknown})
+
+
+async def test_a_deadline_that_has_passed_is_answered_with_both_clocks(caller: Caller) -> None:
+    past = int(time.time() * 1_000) - 5_000
+
+    message = await caller.ask("capacity.find.v1", {}, headers={"x-deadline": past})
+
+    answer = json.loads(message.body)
+    assert answer["code"] == "expired"
+    assert str(past) in answer["message"]
+    assert answer["message"].count(str(past)[:5]) == 2, "the responder's clock is named too"
+
+
+async def test_a_deadline_that_is_no_time_is_a_bad_question(caller: Caller) -> None:
+    assert (
+        await caller.refusal("capacity.find.v1", {}, headers={"x-deadline": "soon"})
+        == "invalid_request"
+    )
+
+
+@pytest.mark.parametrize("reply_to", [None, "chiffon.ingest", "/exchanges/chiffon.heartbeats/x"])
+async def test_a_question_that_names_no_fit_place_for_its_answer_is_set_aside(
+    serving: str, queues: Queues, reply_to: str | None
+) -> None:
+    async with plain.channel(serving) as channel:
+        await plain.publish(
+            channel, "chiffon.rpc", "capacity", {}, "capacity.find.v1", reply_to=reply_to
+        )
+
+        async def is_dead() -> bool:
+            return (await plain.depth(serving, "chiffon.dead-letters"))[0] == 1
+
+        await until(is_dead, "a dead letter")
+
+    [dead] = queues.take("chiffon.dead-letters")
+    assert "reply_to" in dead["properties"]["headers"]["chiffon-reason"]
+    assert queues.take("chiffon.ingest") == []
+
+
+async def test_an_answer_may_go_by_direct_reply_to(serving: str) -> None:
+    async with plain.channel(serving) as channel:
+        queue = await channel.get_queue("amq.rabbitmq.reply-to", ensure=False)
+        replies: asyncio.Queue[Any] = asyncio.Queue()
+        await queue.consume(replies.put, no_ack=True)
+
+        await plain.publish(
+            channel,
+            "chiffon.rpc",
+            "capacity",
+            {},
+            "capacity.find.v1",
+            reply_to="amq.rabbitmq.reply-to",
+        )
+
+        async with asyncio.timeout(20):
+            assert (await replies.get()).type == "capacity.offers.v1"
+
+
+async def test_an_answer_may_go_by_the_replies_exchange(serving: str) -> None:
+    async with plain.channel(serving) as channel:
+        queue = await channel.declare_queue(exclusive=True)
+        await queue.bind("chiffon.replies", "planner-7")
+        caller = Caller(channel, queue)
+
+        message = await caller.ask(
+            "capacity.find.v1", {}, reply_to="/exchanges/chiffon.replies/planner-7"
+        )
+
+    assert message.type == "capacity.offers.v1"
+
+
+@pytest.mark.parametrize(
+    "gone", ["amq.gen-nobody", "amq.rabbitmq.reply-to.nonsense", "/exchanges/chiffon.replies/x"]
+)
+async def test_an_answer_that_nobody_takes_does_not_harm_the_responder(
+    serving: str, caller: Caller, gone: str
+) -> None:
+    async with plain.channel(serving) as channel:
+        for _ in range(100):
+            await plain.publish(
+                channel, "chiffon.rpc", "capacity", {}, "capacity.find.v1", reply_to=gone
+            )
+
+    assert (await caller.ask("capacity.find.v1", {})).type == "capacity.offers.v1"
+    assert await consumers(serving, "chiffon.capacity") == 1
+
+
+async def test_a_database_that_is_away_is_said_to_be_that(
+    amqp_url: str, databases: Databases
+) -> None:
+    async with databases.new(migrated=True) as url, orchestrating(amqp_url, url):
+        name = url.rpartition("/")[2]
+        async with PlannerClient.open(amqp_url) as planner:
+            await planner.find()
+            await databases.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+            await databases.execute(
+                f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
+            )
+            with pytest.raises(CapacityRefused) as refused:
+                await planner.find(timeout=20)
+            await databases.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+            await planner.find(timeout=20)
+
+    assert refused.value.code == "unavailable"
+
+
+async def test_a_question_that_expired_in_the_queue_is_never_answered(broker: str) -> None:
+    async with plain.channel(broker) as channel:
+        queue = await channel.declare_queue("chiffon.capacity")
+        await queue.bind("chiffon.rpc", "capacity")
+        await plain.publish(
+            channel,
+            "chiffon.rpc",
+            "capacity",
+            {},
+            "capacity.find.v1",
+            reply_to="amq.gen-x",
+            expiration=0.05,
+        )
+
+        async def is_gone() -> bool:
+            return (await plain.depth(broker, "chiffon.capacity"))[0] == 0
+
+        await until(is_gone, "the question gone")
+        assert await queue.get(fail=False) is None
+
+
+async def test_the_capacity_queue_goes_with_its_last_responder(
+    amqp_url: str, database_url: str
+) -> None:
+    async with orchestrating(amqp_url, database_url):
+        async with orchestrating(amqp_url, database_url):
+            assert await consumers(amqp_url, "chiffon.capacity") == 2
+        assert await consumers(amqp_url, "chiffon.capacity") == 1
+
+    async with plain.channel(amqp_url) as channel:
+        with pytest.raises(aio_pika.exceptions.ChannelNotFoundEntity):
+            await channel.declare_queue("chiffon.capacity", passive=True)
+
+
+async def test_two_responders_share_the_questions(
+    amqp_url: str, database_url: str, registry: Registry
+) -> None:
+    await record(registry, update())
+    async with (
+        orchestrating(amqp_url, database_url),
+        orchestrating(amqp_url, database_url),
+        PlannerClient.open(amqp_url) as planner,
+    ):
+        answers = await asyncio.gather(*(planner.find(timeout=20) for _ in range(100)))
+
+    assert {len(answer.agents) for answer in answers} == {1}
+
+
+def test_every_reply_form_is_tested() -> None:
+    assert len(topology.REPLY_FORMS) == 3

@@ -1,0 +1,148 @@
+"""Commands against a real broker and database."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from chiffon.registry import Receipt, Registry
+from tests.fixtures.heartbeats import update
+from tests.fixtures.system import orchestrating
+
+Done = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture
+def chiffon(amqp_url: str, database_url: str, tmp_path: Path) -> Callable[..., Done]:
+    """Run a command on this test's virtual host and database."""
+
+    def run(*arguments: str) -> Done:
+        return subprocess.run(
+            [sys.executable, "-m", "chiffon", *arguments],
+            env={
+                **os.environ,
+                "CHIFFON_AMQP_URL": amqp_url,
+                "CHIFFON_DATABASE_URL": database_url,
+                "CHIFFON_STATE_DIR": str(tmp_path),
+            },
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return run
+
+
+async def test_the_fleet_and_its_capacity_are_shown(
+    chiffon: Callable[..., Done], amqp_url: str, database_url: str, registry: Registry
+) -> None:
+    big = update(hostname="big", resources={"gpu_vram_available_gb": 24.0})
+    away = update(hostname="away", status="offline")
+    receipts = [Receipt(one, time.monotonic()) for one in (big, away)]
+    await registry.record(sorted(receipts, key=lambda one: one.update.agent_id))
+    async with orchestrating(amqp_url, database_url):
+
+        async def run(*arguments: str) -> Done:
+            return await asyncio.to_thread(chiffon, *arguments)
+
+        listed = await run("fleet", "list", "-o", "json")
+        assert {one["hostname"]: one["status"] for one in json.loads(listed.stdout)} == {
+            "big": "online",
+            "away": "offline",
+        }
+        plain = await run("fleet", "list", "--status", "online")
+        [heading, line] = plain.stdout.splitlines()
+        assert heading.split("\t")[0] == "HOST"
+        assert line.split("\t")[-1] == str(big.agent_id)
+
+        shown = await run("fleet", "show", str(big.agent_id), "-o", "json")
+        assert json.loads(shown.stdout)["resources"]["gpu_vram_available_gb"] == 24.0
+        assert (await run("fleet", "show", str(uuid4()))).returncode == 3
+
+        found = await run("capacity", "find", "--min-gpu-vram-gb", "20", "-o", "json")
+        assert [one["hostname"] for one in json.loads(found.stdout)["agents"]] == ["big"]
+        nothing = await run("capacity", "find", "--min-gpu-vram-gb", "200", "-o", "jsonl")
+        assert (nothing.returncode, nothing.stdout) == (3, "")
+        assert "no agent can take this now" in nothing.stderr
+
+        one = await run("capacity", "show", str(big.agent_id), "-o", "json")
+        assert json.loads(one.stdout)["cpu_cores_available"] == 14
+        unknown = await run("capacity", "show", str(uuid4()))
+        assert unknown.returncode == 3
+        assert "is not in the registry" in unknown.stderr
+
+
+def test_without_an_orchestrator_a_question_is_told_that_nobody_answers(
+    chiffon: Callable[..., Done], broker: str
+) -> None:
+    done = chiffon("capacity", "find")
+
+    assert done.returncode == 69
+    assert "is an orchestrator running?" in done.stderr
+
+
+def test_the_topology_is_declared_and_checked(chiffon: Callable[..., Done]) -> None:
+    before = chiffon("bus", "check", "-o", "json")
+    assert before.returncode == 3
+    assert {one["verdict"] for one in json.loads(before.stdout)} == {"missing"}
+
+    assert chiffon("bus", "declare").returncode == 0
+
+    after = chiffon("bus", "check")
+    assert after.returncode == 0
+    assert "missing" not in after.stdout
+
+
+def test_the_database_is_upgraded_checked_and_taken_back(chiffon: Callable[..., Done]) -> None:
+    assert chiffon("db", "current").stdout.strip() == "0004"
+    assert chiffon("db", "check").returncode == 0
+    assert chiffon("db", "downgrade", "0001").returncode == 0
+    assert chiffon("db", "current").stdout.strip() == "0001"
+    differs = chiffon("db", "check")
+    assert differs.returncode == 3
+    assert "Traceback" not in differs.stderr
+
+    old = chiffon("orchestrator", "run")
+    assert old.returncode == 78
+    assert "chiffon db upgrade" in old.stderr
+
+    assert chiffon("db", "upgrade").returncode == 0
+    assert chiffon("db", "check").returncode == 0
+
+
+async def test_watch_prints_each_agent_and_again_when_it_changed(
+    amqp_url: str, database_url: str, registry: Registry, tmp_path: Path
+) -> None:
+    agent_id = uuid4()
+    await registry.record([Receipt(update(agent_id), time.monotonic())])
+    watching = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "chiffon", "fleet", "watch", "-o", "jsonl", "--interval", "0.2"),
+        env={
+            **os.environ,
+            "CHIFFON_DATABASE_URL": database_url,
+            "CHIFFON_STATE_DIR": str(tmp_path),
+        },
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert watching.stdout is not None
+    async with asyncio.timeout(30):
+        first = json.loads(await watching.stdout.readline())
+        await registry.record(
+            [Receipt(update(agent_id, sequence=2, status="busy"), time.monotonic())]
+        )
+        second = json.loads(await watching.stdout.readline())
+        watching.terminate()
+        await watching.wait()
+
+    assert [(one["status"], one["sequence"]) for one in (first, second)] == [
+        ("online", 1),
+        ("busy", 2),
+    ]

@@ -1,0 +1,187 @@
+"""``chiffon up``: the whole system on this machine."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+import pytest
+
+from tests.fixtures.servers import Servers
+
+
+@pytest.fixture
+def state() -> Iterator[Path]:
+    """A state folder that the database's user may enter; pytest's own is closed to it."""
+    with tempfile.TemporaryDirectory(prefix="chiffon-up-", ignore_cleanup_errors=True) as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def chiffon(*arguments: str, state: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "chiffon", *arguments],
+        env={**os.environ, "CHIFFON_STATE_DIR": str(state), **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+class Running:
+    """A ``chiffon up`` in the background."""
+
+    def __init__(self, state: Path, **variables: str) -> None:
+        self.state = state
+        self.errors = (state / "up.stderr").open("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "chiffon", "up", "-o", "json"],
+            env={**os.environ, "CHIFFON_STATE_DIR": str(state), **variables},
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+        )
+
+    def ready(self) -> dict[str, Any]:
+        """Wait for the one line, and return it."""
+        stdout: IO[str] | None = self.process.stdout
+        assert stdout is not None
+        line = stdout.readline()
+        assert line, (self.state / "up.stderr").read_text()
+        return dict(json.loads(line))
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            self.process.wait(60)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        self.errors.close()
+
+
+def wait_until_gone(processes: list[psutil.Process], seconds: float = 30.0) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    assert alive == []
+
+
+def test_up_once_shows_this_machine_in_the_fleet_and_in_the_answer(state: Path) -> None:
+    """On private servers, from nothing."""
+    done = chiffon("up", "--once", "-o", "json", state=state)
+
+    assert done.returncode == 0, done.stderr
+    [line] = done.stdout.splitlines()
+    made = json.loads(line)
+    assert set(made) == {"agents", "offers", "urls"}
+    [agent], [offer] = made["agents"], made["offers"]["agents"]
+    assert agent["agent_id"] == offer["agent_id"]
+    assert agent["resources"]["memory_available_gb"] > 0
+    assert all("***" in url for url in made["urls"].values())
+    assert not (state / "up.env").exists()
+    passwords = [path.read_text().strip() for path in state.glob("*/password")]
+    assert len(passwords) == 2
+    written = done.stdout + done.stderr + "".join(path.read_text() for path in state.glob("*.log"))
+    assert not [password for password in passwords if password in written]
+
+
+def test_a_killed_up_takes_its_children_with_it_and_leaves_a_file_that_is_reported(
+    state: Path,
+) -> None:
+    running = Running(state)
+    try:
+        running.ready()
+        addresses = state / "up.env"
+        assert addresses.stat().st_mode & 0o777 == 0o600
+        children = running.children()
+        names = " ".join(" ".join(child.cmdline()) for child in children)
+        assert all(word in names for word in ("beam", "postgres", "epmd", "orchestrator", "agent"))
+
+        listed = chiffon("fleet", "list", "-o", "json", state=state)
+        assert listed.returncode == 0, listed.stderr
+        assert len(json.loads(listed.stdout)) == 1
+        second = chiffon("up", "--once", state=state)
+        assert second.returncode == 75
+        assert "runs already" in second.stderr
+
+        running.process.kill()
+        wait_until_gone(children)
+    finally:
+        running.end()
+
+    assert addresses.exists()
+    stale = chiffon("fleet", "list", state=state)
+    assert "up.env is stale" in stale.stderr
+
+
+def test_up_uses_given_servers_restarts_what_ends_and_ends_in_order(
+    servers: Servers, amqp_url: str, database_url: str, state: Path
+) -> None:
+    given = {"CHIFFON_AMQP_URL": amqp_url, "CHIFFON_DATABASE_URL": database_url}
+    running = Running(state, **given)
+    try:
+        made = running.ready()
+        own = made["agents"][0]["agent_id"]
+        children = running.children()
+        assert not [child for child in children if "postgres" in child.name()]
+        [agent] = [child for child in children if "agent" in child.cmdline()]
+        before = incarnation(state)
+
+        agent.kill()
+        deadline = time.monotonic() + 60
+        while incarnation(state) == before:
+            assert time.monotonic() < deadline, "the agent was not restarted"
+            time.sleep(0.05)
+
+        running.process.send_signal(signal.SIGINT)
+        assert running.process.wait(60) == 0
+        wait_until_gone(children)
+    finally:
+        running.end()
+
+    assert "restarting" in (state / "up.stderr").read_text()
+    listed = chiffon("fleet", "show", own, "-o", "json", state=state, **given)
+    assert json.loads(listed.stdout)["status"] == "offline", "its farewell was recorded"
+
+
+def incarnation(state: Path) -> int:
+    return int(json.loads((state / "agent.json").read_text())["incarnation"])
+
+
+def test_up_says_what_failed_with_the_end_of_its_log(amqp_url: str, state: Path) -> None:
+    (state / "agent.json").write_text("damaged")
+
+    done = chiffon("up", "--once", state=state, CHIFFON_AMQP_URL=amqp_url)
+
+    assert done.returncode != 0
+    assert "agent" in done.stderr
+    assert "agent.json is not readable" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_machine_without_rabbitmq_is_told_what_to_do(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = (
+        "import sys; from chiffon.embedded import rabbitmq\n"
+        "rabbitmq._SERVERS = (); rabbitmq.shutil.which = lambda name: None\n"
+        "from chiffon.cli import main; sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "up", "--once"],
+        env={**os.environ, "CHIFFON_STATE_DIR": str(state)},
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 78
+    assert "apt-get install" in done.stderr
+    assert "Traceback" not in done.stderr

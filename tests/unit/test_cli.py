@@ -1,0 +1,201 @@
+"""The command line: its shape, its forms of output, its exit codes."""
+
+import inspect
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from chiffon.cli import app
+from chiffon.cli.output import Column, Format, age, show_many, show_one, table
+
+COLUMNS = [
+    Column("NAME", lambda row: str(row["name"])),
+    Column("SIZE", lambda row: str(row["size"])),
+]
+ROWS = [{"name": "a\tb\x1b[31m\n", "size": 1}, {"name": "x" * 200, "size": None}]
+
+
+def commands(group: typer.Typer) -> Iterator[Any]:
+    for command in group.registered_commands:
+        yield command.callback
+    for inner in group.registered_groups:
+        assert inner.typer_instance is not None
+        yield from commands(inner.typer_instance)
+
+
+def test_no_command_is_a_coroutine_that_nobody_would_await() -> None:
+    found = list(commands(app))
+
+    assert len(found) >= 14
+    assert [command for command in found if inspect.iscoroutinefunction(command)] == []
+
+
+def test_every_command_says_what_it_does() -> None:
+    assert [command for command in commands(app) if not inspect.getdoc(command)] == []
+
+
+def test_off_a_terminal_a_list_is_tab_separated_and_never_cut(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    show_many(ROWS, COLUMNS, None)
+
+    assert capsys.readouterr().out.splitlines() == [
+        "NAME\tSIZE",
+        "a b [31m \t1",
+        "x" * 200 + "\tNone",
+    ]
+
+
+def test_every_form_has_the_same_data(capsys: pytest.CaptureFixture[str]) -> None:
+    show_many(ROWS, COLUMNS, Format.json)
+    as_json = json.loads(capsys.readouterr().out)
+    show_many(ROWS, COLUMNS, Format.jsonl)
+    as_lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    assert as_json == as_lines == ROWS
+
+
+def test_a_table_that_was_asked_for_is_not_cut_either(capsys: pytest.CaptureFixture[str]) -> None:
+    show_many(ROWS, COLUMNS, Format.table)
+
+    assert "x" * 200 in capsys.readouterr().out
+
+
+def test_hostile_text_cannot_style_a_table() -> None:
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=300, force_terminal=True, no_color=True)
+    console.print(table([{"name": "[bold]\x1b[31mred\x07", "size": 1}], COLUMNS))
+
+    assert isinstance(console.file, io.StringIO)
+    assert "[bold] [31mred " in console.file.getvalue()
+
+
+def test_one_object_is_shown_a_line_a_field(capsys: pytest.CaptureFixture[str]) -> None:
+    show_one({"a": None, "b": {"c": [1, 2]}, "d": [{"e": True}]}, None)
+
+    assert capsys.readouterr().out.splitlines() == [
+        "FIELD\tVALUE",
+        "a\t-",
+        "b.c\t1, 2",
+        "d[0].e\tyes",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(None, "never"), (0.4, "0s"), (119, "119s"), (120, "2m"), (7200, "2h"), (172800, "2d")],
+)
+def test_ages_are_short(seconds: float | None, said: str) -> None:
+    assert age(seconds) == said
+
+
+def chiffon(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "chiffon", *arguments],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
+
+
+def broker(url: str) -> dict[str, str]:
+    return {"CHIFFON_AMQP_URL": url}
+
+
+def database(url: str) -> dict[str, str]:
+    return {"CHIFFON_DATABASE_URL": url}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "code", "said"),
+    [
+        (["capacity", "find", "--min-gpu-vram-gb", "nan"], {}, 2, "--min-gpu-vram-gb"),
+        (["capacity", "find", "--min-gpu-vram-gb", "-1"], {}, 2, "--min-gpu-vram-gb"),
+        (["capacity", "find", "--min-cpu-cores", "x"], {}, 2, "min-cpu-cores"),
+        (["capacity", "find", "--agent-type", "toaster"], {}, 2, "--agent-type"),
+        (["capacity", "find", "--limit", "0"], {}, 2, "--limit"),
+        (["capacity", "show", "7"], {}, 2, "valid UUID"),
+        (["nonsense"], {}, 2, "nonsense"),
+        (["fleet", "watch", "-o", "json"], {}, 2, "jsonl"),
+        (["fleet", "list"], {"CHIFFON_DATABSE_URL": "x"}, 78, "did you mean CHIFFON_DATABASE_URL"),
+        (["fleet", "list"], {"CHIFFON_DATABASE_URL": "mysql://a:hunter2@h/d"}, 78, "PostgreSQL"),
+        (
+            ["fleet", "list"],
+            {"CHIFFON_DATABASE_URL": "postgresql://a:hunter2@127.0.0.1:1/d"},
+            69,
+            "database",
+        ),
+        (
+            ["bus", "check"],
+            {"CHIFFON_AMQP_URL": "amqp://a:hunter2@127.0.0.1:1/"},
+            69,
+            "127.0.0.1:1",
+        ),
+        (["bus", "check"], {"CHIFFON_AMQP_URL": "http://a:hunter2@h/"}, 78, "AMQP URL"),
+        (
+            ["capacity", "find", "--timeout", "0.3"],
+            {"CHIFFON_AMQP_URL": "amqp://a:hunter2@127.0.0.1:1/"},
+            69,
+            "127.0.0.1:1",
+        ),
+        (["agent", "run", "--heartbeat-interval-seconds", "0"], {}, 78, "HEARTBEAT_INTERVAL"),
+    ],
+)
+def test_a_mistake_is_one_clear_message_with_its_exit_code_and_no_password(
+    tmp_path: Path, arguments: list[str], variables: dict[str, str], code: int, said: str
+) -> None:
+    done = chiffon(*arguments, CHIFFON_STATE_DIR=str(tmp_path), **variables)
+
+    assert (done.returncode, done.stdout) == (code, "")
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "hunter2" not in done.stderr
+
+
+def test_probe_prints_exactly_the_body_that_would_be_sent(tmp_path: Path) -> None:
+    from chiffon.messages import decode_heartbeats
+
+    done = chiffon(
+        "agent", "probe", "-o", "json", "--pool-name", "lab", CHIFFON_STATE_DIR=str(tmp_path)
+    )
+
+    assert done.returncode == 0, done.stderr
+    body = done.stdout.encode().strip()
+    content = json.loads(body)
+    key = f"heartbeat.lab.desktop.{content['agent_id']}"
+    [update], _ = decode_heartbeats(body, key)
+    assert (update.sequence, update.status) == (1, "online")
+    assert content["resources"]["memory_available_gb"] > 0
+    assert list(tmp_path.iterdir()) == [], "a probe leaves nothing behind"
+
+
+def test_the_schema_is_printed(tmp_path: Path) -> None:
+    done = chiffon("schema", "jsonschema", CHIFFON_STATE_DIR=str(tmp_path))
+
+    assert json.loads(done.stdout)["x-amqp-types"]["status_update.v1"]
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "chiffon", "schema", "jsonschema"],
+        env={**os.environ, "CHIFFON_STATE_DIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()
+        said = running.stderr.read()
+
+    assert running.returncode == 0
+    assert said == ""
