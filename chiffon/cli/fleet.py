@@ -17,6 +17,7 @@ from chiffon.cli.output import (
     show_many,
     show_one,
     table,
+    width_of,
 )
 from chiffon.cli.rows import FLEET, agent_data
 
@@ -125,7 +126,10 @@ async def _redraw(looks: AsyncIterator[list[Data]]) -> None:
 
     with Live(auto_refresh=False, screen=sys.stdout.isatty()) as display:
         async for agents in looks:
-            display.update(table(agents, FLEET), refresh=True)
+            made = table(agents, FLEET)
+            if width_of(made) > display.console.width:
+                made = table(agents, FLEET[:-1])  # the host says more than half an id
+            display.update(made, refresh=True)
 
 
 def _stream(output: Format | None) -> Callable[[AsyncIterator[list[Data]]], Any]:

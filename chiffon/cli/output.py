@@ -98,11 +98,10 @@ def show_one(row: Row, form: Format | None) -> None:
 
 def table(rows: Sequence[Row], columns: Sequence[Column]) -> "Table":
     """Return a table that no hostile text in a cell can style or break."""
-    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
         made.add_column(column.title, justify="right" if column.is_number else "left", no_wrap=True)
     for row in rows:
@@ -140,24 +139,29 @@ def age(seconds: float | None) -> str:
 
 
 def gigabytes(value: float | None) -> str:
-    """Return a size in GiB for people; ``?`` if unknown."""
-    return "?" if value is None else f"{value:.1f}"
+    """Return a size for people; ``?`` if unknown."""
+    return "?" if value is None else f"{value:.1f} GiB"
+
+
+def width_of(made: "Table") -> int:
+    """Return how many columns of a terminal a table needs to be shown whole."""
+    from rich.console import Console
+
+    wide = Console(width=100_000)
+    return max(wide.measure(made).maximum, 1)
 
 
 def _print_table(made: "Table") -> None:
     from rich.console import Console
 
     console = Console()
-    if not sys.stdout.isatty() or console.width < console.measure(made).maximum:
+    needed = width_of(made)
+    if not sys.stdout.isatty() or console.width < needed:
         # Wider than the terminal: let it wrap there rather than cut an agent's id.
-        console = Console(width=max(console.measure(made, options=_endless(console)).maximum, 1))
+        console = Console(width=needed)
     with console.capture() as capture:
         console.print(made, crop=False, overflow="ignore")
     emit(capture.get().rstrip("\n"))
-
-
-def _endless(console: Any) -> Any:
-    return console.options.update(width=100_000, max_width=100_000)
 
 
 def _printable(text: str) -> str:

@@ -37,7 +37,11 @@ def _status(row: Row) -> str:
 
 def _vram(row: Row) -> str:
     free, total = (_metric(f"gpu_vram_{which}_gb")(row) for which in ("available", "total"))
-    return "-" if total == 0 else f"{_size(free)}/{_size(total)}"
+    return "-" if total == 0 else f"{_size(free).removesuffix(' GiB')}/{_size(total)}"
+
+
+def _percent(value: Any) -> str:
+    return f"{value:.0f}%" if isinstance(value, int | float) else "-"
 
 
 def _size(value: Any) -> str:
@@ -50,10 +54,10 @@ FLEET = [
     Column("TYPE", lambda row: str(row["agent_type"])),
     Column("STATUS", _status),
     Column("HEARD", lambda row: age(row["heartbeat_age_seconds"]), is_number=True),
-    Column("CPU %", lambda row: plain(_metric("cpu_percent")(row)), is_number=True),
-    Column("CORES FREE", lambda row: plain(_metric("cpu_cores_available")(row)), is_number=True),
-    Column("MEMORY FREE GiB", lambda row: _size(_metric("memory_available_gb")(row)), True),
-    Column("VRAM FREE/TOTAL GiB", _vram, is_number=True),
+    Column("CPU", lambda row: _percent(_metric("cpu_percent")(row)), is_number=True),
+    Column("FREE CORES", lambda row: plain(_metric("cpu_cores_available")(row)), is_number=True),
+    Column("FREE MEMORY", lambda row: _size(_metric("memory_available_gb")(row)), True),
+    Column("FREE/TOTAL VRAM", _vram, is_number=True),
     Column("GPU", lambda row: plain(_metric("gpu_type")(row))),
     Column("AGENT", lambda row: str(row["agent_id"])),
 ]
@@ -62,12 +66,12 @@ OFFERS = [
     Column("HOST", lambda row: plain(row["hostname"])),
     Column("POOL", lambda row: str(row["pool_name"])),
     Column("TYPE", lambda row: str(row["agent_type"])),
-    Column("VRAM FREE GiB", lambda row: gigabytes(row["gpu_vram_available_gb"]), is_number=True),
-    Column("VRAM TOTAL GiB", lambda row: gigabytes(row["gpu_vram_total_gb"]), is_number=True),
+    Column("FREE VRAM", lambda row: gigabytes(row["gpu_vram_available_gb"]), is_number=True),
+    Column("TOTAL VRAM", lambda row: gigabytes(row["gpu_vram_total_gb"]), is_number=True),
     Column("GPU", lambda row: plain(row["gpu_type"])),
-    Column("CORES FREE", lambda row: plain(row["cpu_cores_available"]), is_number=True),
+    Column("FREE CORES", lambda row: plain(row["cpu_cores_available"]), is_number=True),
     Column("LOAD", lambda row: plain(row["cpu_load_1min"]), is_number=True),
-    Column("MEMORY FREE GiB", lambda row: gigabytes(row["memory_available_gb"]), is_number=True),
+    Column("FREE MEMORY", lambda row: gigabytes(row["memory_available_gb"]), is_number=True),
     Column("HEARD", lambda row: age(row["heartbeat_age_seconds"]), is_number=True),
     Column("AGENT", lambda row: str(row["agent_id"])),
 ]
