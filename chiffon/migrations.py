@@ -1,7 +1,6 @@
 """The database's structure and its versions; the steps are in the folder ``migrations``."""
 
 import asyncio
-from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
@@ -76,8 +75,7 @@ async def _run(name: str, url: str, *arguments: str) -> None:
     config = _config()
     config.attributes["database_url"] = url
     try:
-        with redirect_stdout(StringIO()):
-            await asyncio.to_thread(getattr(command, name), config, *arguments)
+        await asyncio.to_thread(getattr(command, name), config, *arguments)
     except CommandError as error:
         raise BadConfiguration(str(error)) from None
 
@@ -91,7 +89,7 @@ def _config() -> Config:
     # In an installed package the folder lies beside this file, in the project beside the package.
     installed = here / "_migrations"
     folder = installed if installed.is_dir() else here.parent / "migrations"
-    config = Config()
+    config = Config(stdout=StringIO())  # ours speaks of it in its own words
     config.set_main_option("script_location", str(folder).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     return config
