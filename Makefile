@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up test test-unit lint format check ci lock definitions clean
+.PHONY: help setup up test test-unit lint format lock definitions clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,7 +15,6 @@ setup: $(STAMP) ## Make .venv with the pinned packages; find or install RabbitMQ
 
 $(STAMP): requirements/dev.txt requirements/embedded.txt pyproject.toml deploy/bootstrap.sh
 	@sh deploy/bootstrap.sh "$(PYTHON)" "$(VENV)" >&2
-	@touch $@
 
 up: $(STAMP) ## Run the whole system on this machine until Ctrl-C; options: make up ARGS="--once -o json"
 	@$(BIN)/chiffon up $(ARGS)

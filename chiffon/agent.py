@@ -8,7 +8,6 @@ and when the line is back a fresh one goes out at once.
 """
 
 import asyncio
-import contextlib
 import logging
 import random
 import signal
@@ -117,11 +116,13 @@ class BaseAgent:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError, ChiffonError):
-            await self._task
-        await self._farewell()
-        await self._stack.aclose()
+        async with self._stack:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+            await self._farewell()
+        error = None if self._task.cancelled() else self._task.exception()
+        if error is not None and not isinstance(error, ChiffonError):  # a bug of ours
+            raise error
 
     @property
     def status(self) -> AgentStatus:
@@ -204,26 +205,18 @@ class BaseAgent:
     async def _publish(self, update: StatusUpdate) -> None:
         self._sequence = update.sequence
         lifetime = None if update.is_farewell else str(int(self._lease * 1_000))
-        try:
-            await self._publisher.publish(
-                encode(update),
-                exchange=HEARTBEATS,
-                routing_key=routing_key(update),
-                properties=Properties(
-                    message_type=STATUS_UPDATE,
-                    content_type="application/json",
-                    delivery_mode=2 if update.is_farewell else 1,
-                    expiration=lifetime,
-                ),
-                timeout=CONFIRM_SECONDS,
-            )
-        except Unroutable:
-            raise
-        except BusUnavailable as error:
-            session = self._link.current
-            if session is not None and not session.is_blocked:
-                session.drop(str(error))
-            raise
+        await self._publisher.publish(
+            encode(update),
+            exchange=HEARTBEATS,
+            routing_key=routing_key(update),
+            properties=Properties(
+                message_type=STATUS_UPDATE,
+                content_type="application/json",
+                delivery_mode=2 if update.is_farewell else 1,
+                expiration=lifetime,
+            ),
+            timeout=CONFIRM_SECONDS,
+        )
         self._link.works()
 
     async def _beat(self) -> None:

@@ -20,7 +20,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import aio_pika
 import aiormq
-from aiormq.abc import AbstractChannel
+from aiormq.abc import AbstractChannel, DeliveredMessage
 from pamqp.commands import Basic
 from yarl import URL
 
@@ -64,7 +64,7 @@ def hosts(url: str) -> list[str]:
         match = re.fullmatch(r"(amqps?://)((?:[^/]*@)?)([^/?@]+)([/?].*)?", part)
         if not match:
             raise BadConfiguration(
-                f"not an AMQP URL: {masked(part)!r}; it looks like amqp://user:password@host/vhost"
+                "CHIFFON_AMQP_URL: not an AMQP URL; it looks like amqp://user:password@host/vhost"
             )
         scheme, credentials, names, rest = match.groups()
         urls += [f"{scheme}{credentials}{name}{rest or '/'}" for name in names.split(",")]
@@ -74,7 +74,10 @@ def hosts(url: str) -> list[str]:
         except ValueError:
             has_host = False
         if not has_host:
-            raise BadConfiguration(f"no host, or a bad port, in {masked(one)!r}")
+            raise BadConfiguration(
+                "CHIFFON_AMQP_URL: no host, or a bad port; in a user name or password, "
+                "/ is written %2F, @ %40 and : %3A"
+            )
     return urls
 
 
@@ -84,6 +87,7 @@ class Session:
     def __init__(self, connection: aio_pika.abc.AbstractConnection, where: str) -> None:
         self.where = where
         self.on_lost: Callable[[], None] = lambda: None
+        self.works: Callable[[], None] = lambda: None
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._connection = connection
         self._discarded: set[Channel] = set()
@@ -124,12 +128,15 @@ class Session:
         finally:
             ready.cancel()
 
-    async def channel(self, *, confirms: bool = True, prefetch: int = 0) -> Channel:
-        """Open a channel; when it closes for any reason, the session is lost.
+    async def channel(
+        self, *, confirms: bool = True, prefetch: int = 0, is_vital: bool = True
+    ) -> Channel:
+        """Open a channel; when a vital one closes for any reason, the session is lost.
 
         Args:
             confirms: Whether ``publish`` on it waits for the broker's confirm.
             prefetch: How many deliveries may be unacknowledged; 0 means no limit.
+            is_vital: False where somebody else can make the broker close it.
 
         Raises:
             BusUnavailable: The connection is gone.
@@ -141,7 +148,8 @@ class Session:
             channel = await transport.connection.channel(
                 publisher_confirms=confirms, on_return_raises=True, timeout=DIAL_SECONDS
             )
-            channel.closing.add_done_callback(partial(self._on_channel_close, channel))
+            if is_vital:
+                channel.closing.add_done_callback(partial(self._on_channel_close, channel))
             if prefetch:
                 await channel.basic_qos(prefetch_count=prefetch)
         return channel
@@ -165,11 +173,12 @@ class Session:
             self.drop(_describe(error))
 
     async def close(self) -> None:
-        """Close the connection; a peer that does not answer is left after 3 s."""
+        """Close the connection; a peer that does not answer is left to itself after 3 s."""
         self.drop("closed by us")
-        with suppress(Exception):
-            async with asyncio.timeout(CLOSE_SECONDS):
-                await self._connection.close()
+        # The library shrugs off one cancellation, so it is not waited for with a timeout.
+        closing = asyncio.ensure_future(self._connection.close())
+        closing.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.wait({closing}, timeout=CLOSE_SECONDS)
 
 
 async def dial(url: str, name: str) -> Session:
@@ -180,8 +189,9 @@ async def dial(url: str, name: str) -> Session:
         name: Shown as the connection's name in the management UI.
 
     Raises:
-        BusRefused: Wrong password, no such virtual host, or no right to it.
-        BusUnavailable: Nothing answers there within 3 s, or what answers is not a broker.
+        BusRefused: Wrong user or password.
+        BusUnavailable: Nothing answers there within 3 s, what answers is not a broker, or it does
+            not open the virtual host.
     """
     parts = urlsplit(url)
     where = f"{parts.hostname}:{parts.port or (5671 if parts.scheme == 'amqps' else 5672)}"
@@ -207,13 +217,13 @@ def _translated_dial(parts: SplitResult, where: str) -> Iterator[None]:
         user = parts.username or "guest"
         raise BusRefused(f"the broker at {where} refused user {user!r}: wrong password?") from None
     except aiormq.exceptions.InvalidFrameError:
-        # How the library tells of the broker's "no" to a virtual host: a frame out of place.
+        # How the library tells of the broker's "no" to a virtual host: as a frame out of place,
+        # without the reason. It may be passing (starting, a limit), so it is no refusal.
         vhost = parts.path.removeprefix("/") or "/"
-        raise BusRefused(
-            f"the broker at {where} has no virtual host {vhost!r}, or none for this user"
+        raise BusUnavailable(
+            f"the broker at {where} would not open virtual host {vhost!r}: there is none, or none "
+            "for this user, or the broker is not ready"
         ) from None
-    except aiormq.exceptions.ConnectionClosed as error:
-        raise BusRefused(f"the broker at {where} refused: {_describe(error)}") from None
     except OSError as error:
         raise BusUnavailable(f"cannot reach the broker at {where}: {_describe(error)}") from None
     except Exception as error:
@@ -266,6 +276,7 @@ class Link:
         self._stop_if_refused = stop_if_refused
         self._attempt = 0
         self._last_error: BusUnavailable | None = None
+        self._closing: set[asyncio.Task[None]] = set()
         self._ready: asyncio.Future[Session]
         self._task: asyncio.Task[None]
 
@@ -278,6 +289,8 @@ class Link:
         self._task.cancel()
         with suppress(asyncio.CancelledError, BusRefused):
             await self._task
+        if self._closing:
+            await asyncio.wait(self._closing)
         self._ready.cancel()
 
     async def session(self) -> Session:
@@ -316,7 +329,7 @@ class Link:
                 try:
                     await self._serve(session)
                 finally:
-                    await session.close()
+                    self._close_aside(session)
             delay = liveness.redial_delay(self._attempt, self._cap, random.random())
             self._attempt += 1
             await asyncio.sleep(delay)
@@ -324,12 +337,21 @@ class Link:
     async def _serve(self, session: Session) -> None:
         """Hand the session out until it is lost."""
         self._stop_if_refused = False
+        self._last_error = None
+        self.trouble = f"the broker at {session.where} does not answer"
         if not session.lost.done():
             session.on_lost = self._renew
             self._ready.set_result(session)
             log.info("connected to the broker at %s (%s)", session.where, self._name)
         self.trouble = await asyncio.shield(session.lost)
         log.warning("lost the broker at %s: %s", session.where, self.trouble)
+
+    def _close_aside(self, session: Session) -> None:
+        # A dead peer takes seconds to close, which the next dial need not wait for.
+        session.drop("closed by us")
+        closing = asyncio.create_task(session.close(), name=f"closing {self._name}")
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
 
     def _renew(self) -> None:
         # At the moment of the loss, so that nobody is handed the session that was just lost.
@@ -338,12 +360,18 @@ class Link:
     async def _dial_and_prepare(self, url: str) -> Session | None:
         session: Session | None = None
         try:
-            session = await dial(url, self._name)
-            if self._prepare is not None:
-                await self._prepare(session)
-        except BusUnavailable as error:
+            with translated("dialling"):
+                session = await dial(url, self._name)
+                session.works = self.works
+                if self._prepare is not None:
+                    await self._prepare(session)
+        except Exception as error:
             if session is not None:
-                await session.close()
+                self._close_aside(session)
+            if not isinstance(error, BusUnavailable):
+                # A bug must not end the only task that would dial again.
+                log.exception("preparing the connection failed")
+                error = BusUnavailable(f"preparing the connection failed: {error!r}")
             self._report(error)
             if self._stop_if_refused and isinstance(error, BusRefused):
                 self._ready.set_exception(error)
@@ -352,7 +380,7 @@ class Link:
             return None
         except BaseException:
             if session is not None:
-                await session.close()
+                self._close_aside(session)
             raise
         return session
 
@@ -367,14 +395,19 @@ class Link:
 class Publisher:
     """Publishes on whatever session a link has now, on a channel of its own.
 
+    A session on which a confirm does not come in time is taken for dead and dropped, unless the
+    broker has said that an alarm blocks it: the library would notice only after 18 s.
+
     Args:
         link: The connection.
         confirms: Whether to wait for the broker's confirm.
+        is_vital: See ``Session.channel``.
     """
 
-    def __init__(self, link: Link, *, confirms: bool = True) -> None:
+    def __init__(self, link: Link, *, confirms: bool = True, is_vital: bool = True) -> None:
         self._link = link
         self._confirms = confirms
+        self._is_vital = is_vital
         self._open: tuple[Session, Channel] | None = None
         self._opening = asyncio.Lock()
 
@@ -395,9 +428,8 @@ class Publisher:
         """
         try:
             async with asyncio.timeout(timeout):
-                channel = await self._channel()
                 await publish(
-                    channel,
+                    await self._channel(),
                     body,
                     exchange=exchange,
                     routing_key=routing_key,
@@ -405,14 +437,27 @@ class Publisher:
                     timeout=timeout,
                     mandatory=mandatory,
                 )
+        except Unroutable:
+            raise
         except TimeoutError:
-            raise BusUnavailable(f"not published in {timeout:g} s: {self._link.trouble}") from None
+            trouble = f"not published in {timeout:g} s: {self._link.trouble}"
+            self._suspect(trouble)
+            raise BusUnavailable(trouble) from None
+        except BusUnavailable as error:
+            self._suspect(str(error))
+            raise
+
+    def _suspect(self, trouble: str) -> None:
+        session = self._link.current
+        if self._confirms and session is not None and not session.is_blocked:
+            session.drop(trouble)
 
     async def _channel(self) -> Channel:
         async with self._opening:
             session = await self._link.session()
-            if self._open is None or self._open[0] is not session:
-                self._open = (session, await session.channel(confirms=self._confirms))
+            if self._open is None or self._open[0] is not session or self._open[1].is_closed:
+                channel = await session.channel(confirms=self._confirms, is_vital=self._is_vital)
+                self._open = (session, channel)
             return self._open[1]
 
 
@@ -454,6 +499,35 @@ async def publish(
         )
 
 
+async def acknowledge(message: DeliveredMessage, *, multiple: bool = False) -> None:
+    """Acknowledge a delivery, and with ``multiple`` all before it on its channel.
+
+    Raises:
+        BusUnavailable: Its connection is gone: the broker delivers it again.
+    """
+    with translated("acknowledging"):
+        # On a dying connection the library's queue is full and nobody empties it any more.
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await message.channel.basic_ack(_tag(message), multiple=multiple)
+
+
+async def reject(message: DeliveredMessage) -> None:
+    """Give a delivery back for good: the broker sets it aside.
+
+    Raises:
+        BusUnavailable: Its connection is gone: the broker delivers it again.
+    """
+    with translated("rejecting"):
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await message.channel.basic_reject(_tag(message), requeue=False)
+
+
+def _tag(message: DeliveredMessage) -> int:
+    if message.delivery_tag is None:
+        raise ValueError("not a delivery of a consumer")
+    return message.delivery_tag
+
+
 @contextmanager
 def translated(doing: str) -> Iterator[None]:
     """Turn what the AMQP library raises inside the block into chiffon's exceptions.
@@ -476,6 +550,11 @@ def translated(doing: str) -> Iterator[None]:
     except (aiormq.exceptions.AMQPError, OSError, RuntimeError) as error:
         ours = _TRANSLATIONS.get(type(error), BusUnavailable)
         raise ours(f"{doing}: {_describe(error)}") from None
+    except Exception as error:
+        # A connection that ends between two frames: the library raises a bare Exception.
+        if type(error) is not Exception:
+            raise
+        raise BusUnavailable(f"{doing}: the connection broke") from None
 
 
 _TRANSLATIONS: dict[type[BaseException], type[BusUnavailable]] = {

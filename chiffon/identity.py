@@ -52,7 +52,10 @@ def claim(folder: Path) -> Iterator[Identity]:
                 "needs its own CHIFFON_STATE_DIR"
             ) from None
         identity = _next(peek(folder))
-        _write(folder / FILE, identity)
+        try:
+            _write(folder / FILE, identity)
+        except OSError as error:
+            raise BadConfiguration(f"cannot write {folder / FILE}: {error.strerror}") from None
         yield identity
 
 
@@ -68,7 +71,7 @@ def peek(folder: Path) -> Identity | None:
         return Identity(UUID(kept["agent_id"]), int(kept["incarnation"]))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise BadConfiguration(
             f"{path} is not readable as an agent's identity ({error}); mend it, or delete it to "
             "become a new agent"

@@ -8,13 +8,13 @@ so batches are small when the fleet is quiet and large when there is much to do.
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
 from aiormq.abc import DeliveredMessage
 
-from chiffon.bus import Channel, Session, translated
+from chiffon.bus import Channel, Session, acknowledge, reject, translated
 from chiffon.dead_letters import DeadLetters
 from chiffon.errors import BadMessage, BusUnavailable, RegistryUnavailable, RowRefused
 from chiffon.messages import (
@@ -44,26 +44,23 @@ class _Delivery:
     received: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Refused:
-    """What of a message is to be set aside."""
-
-    message: DeliveredMessage
-    refusals: Sequence[Refusal]
-
-
 @dataclass(slots=True)
 class _Reading:
     """A batch, read: what is to be recorded, and what is to be set aside."""
 
     newest: dict[UUID, tuple[StatusUpdate, _Delivery]] = field(default_factory=dict)
     canary: _Delivery | None = None
-    refused: list[_Refused] = field(default_factory=list)
+    refused: dict[int, tuple[DeliveredMessage, list[Refusal]]] = field(default_factory=dict)
+    """By delivery tag: what of a message is to be set aside."""
 
     def add(self, update: StatusUpdate, delivery: _Delivery) -> None:
         kept = self.newest.get(update.agent_id)
         if kept is None or kept[0].order < update.order:
             self.newest[update.agent_id] = (update, delivery)
+
+    def refuse(self, message: DeliveredMessage, refusals: Iterable[Refusal]) -> None:
+        _, known = self.refused.setdefault(message.delivery_tag or 0, (message, []))
+        known.extend(refusals)
 
     def receipts(self) -> list[Receipt]:
         """Return what is to be recorded, in the order of the agents' ids."""
@@ -98,6 +95,7 @@ class Ingest:
         self._batch_seconds = batch_seconds
         self._channel: Channel | None = None
         self._consumer_tag: str | None = None
+        self._works: Callable[[], None] = lambda: None
         self._buffer: list[_Delivery] = []
         self._arrived = asyncio.Event()
         self._full = asyncio.Event()
@@ -119,6 +117,7 @@ class Ingest:
             answer = await channel.basic_consume(INGEST, self._on_delivery)
         self._consumer_tag = answer.consumer_tag
         self._channel = channel
+        self._works = session.works
         log.info("consuming %s", INGEST)
 
     async def _on_delivery(self, message: DeliveredMessage) -> None:
@@ -168,11 +167,7 @@ class Ingest:
     async def _take(self, batch: Sequence[_Delivery]) -> None:
         reading = _read(batch)
         await self._commit(reading)
-        rejected = [
-            refused.message.delivery_tag
-            for refused in reading.refused
-            if not await self._set_aside(refused)
-        ]
+        rejected = await self._set_aside(reading)
         # The broker closes the channel at an acknowledgement of what was rejected already.
         taken = [one.message for one in batch if one.message.delivery_tag not in rejected]
         if taken:
@@ -214,7 +209,7 @@ class Ingest:
         except RowRefused as error:
             update, delivery = reading.newest.pop(receipt.update.agent_id)
             refusal = Refusal(encode(update), f"the database refused it: {error}")
-            reading.refused.append(_Refused(delivery.message, [refusal]))
+            reading.refuse(delivery.message, [refusal])
 
     def _report_stale(self, stale: Sequence[Stale]) -> None:
         for one in stale:
@@ -232,47 +227,45 @@ class Ingest:
                     one.agent_id,
                 )
 
-    async def _set_aside(self, refused: _Refused) -> bool:
+    async def _set_aside(self, reading: _Reading) -> set[int]:
         """Publish what was refused to the dead letters, each with its reason.
 
-        If that is not confirmed in time, the broker is told to set the whole message aside; it
-        cannot be told why. What of the message was good has been recorded, and to record it
-        again when it is replayed changes nothing.
+        If one is not confirmed in time, the broker is told to set that message and the rest of
+        them aside itself: it cannot be told why, but heartbeats must not wait for dead letters.
+        What of a message was good has been recorded, and is unchanged by a replay.
 
         Returns:
-            Whether the message is still to be acknowledged.
+            The delivery tags that were rejected, and so are not to be acknowledged.
         """
-        message, refusals = refused.message, refused.refusals
-        log.warning(
-            "set aside %d of a message with key %r: %s",
-            len(refusals),
-            message.routing_key,
-            refusals[0].reason,
-        )
-        try:
-            for refusal in refusals:
-                await self._dead_letters.set_aside(message, refusal)
-        except BusUnavailable as error:
-            log.warning("the dead letter was not confirmed (%s); rejecting the message", error)
-            return not await self._reject(message)
-        return True
+        rejected: set[int] = set()
+        for tag, (message, refusals) in reading.refused.items():
+            key, reason = message.routing_key, refusals[0].reason
+            log.warning("set aside %d of a message with key %r: %s", len(refusals), key, reason)
+            if not rejected:
+                try:
+                    await asyncio.gather(
+                        *(self._dead_letters.set_aside(message, one) for one in refusals)
+                    )
+                    continue
+                except BusUnavailable as error:
+                    log.warning("dead letters are not confirmed (%s): rejecting", error)
+            await self._reject(message)
+            rejected.add(tag)
+        return rejected
 
-    async def _reject(self, message: DeliveredMessage) -> bool:
-        if message.channel is not self._channel or message.delivery_tag is None:
-            return False  # its connection is gone: it is delivered again, and refused again
-        try:
-            with translated("rejecting"):
-                await message.channel.basic_reject(message.delivery_tag, requeue=False)
-        except BusUnavailable as error:
-            log.debug("%s", error)
-        return True
+    async def _reject(self, message: DeliveredMessage) -> None:
+        if message.channel is self._channel:  # else it is delivered, and refused, again
+            try:
+                await reject(message)
+            except BusUnavailable as error:
+                log.debug("%s", error)
 
     async def _acknowledge(self, last: DeliveredMessage) -> None:
-        if last.channel is not self._channel or last.delivery_tag is None:
+        if last.channel is not self._channel:
             return  # its connection is gone: it is delivered again, and changes nothing
         try:
-            with translated("acknowledging"):
-                await last.channel.basic_ack(last.delivery_tag, multiple=True)
+            await acknowledge(last, multiple=True)
+            self._works()
         except BusUnavailable as error:
             log.debug("%s", error)
 
@@ -290,10 +283,10 @@ def _read(batch: Sequence[_Delivery]) -> _Reading:
                 raise BadMessage(f"type {str(kind)[:64]!r} is not {STATUS_UPDATE}")
             updates, refusals = decode_heartbeats(message.body, message.routing_key or "")
         except BadMessage as error:
-            reading.refused.append(_Refused(message, [Refusal(message.body, str(error))]))
+            reading.refuse(message, [Refusal(message.body, str(error))])
             continue
         for update in updates:
             reading.add(update, delivery)
         if refusals:
-            reading.refused.append(_Refused(message, refusals))
+            reading.refuse(message, refusals)
     return reading

@@ -8,9 +8,10 @@ from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
+from sqlalchemy.exc import DBAPIError
 
 from chiffon.errors import BadConfiguration, TablesMissing
-from chiffon.registry import Registry
+from chiffon.registry import Registry, answering, asyncpg_url
 
 
 def head() -> str:
@@ -27,7 +28,7 @@ async def require_head(registry: Registry) -> None:
         TablesMissing: It is older; the message says how to mend that.
     """
     revision = await registry.revision()
-    known = [script.revision for script in _scripts().walk_revisions()]
+    known = _revisions()
     if revision is None or revision in known[1:]:
         raise TablesMissing(
             f"the database is at revision {revision or 'none'} and chiffon needs {known[0]}; "
@@ -38,11 +39,16 @@ async def require_head(registry: Registry) -> None:
 async def upgrade(url: str, revision: str = "head") -> None:
     """Bring the database up to a revision; a no-op where it is there.
 
-    Two at once take turns. Each raises what ``Registry`` raises for a database that is away.
+    Two at once take turns. A database that a newer chiffon has upgraded further is left as it is.
+    Raises what ``Registry`` raises for a database that is away.
 
     Raises:
         BadConfiguration: No such revision.
     """
+    async with Registry.open(url) as registry:
+        current = await registry.revision()
+    if revision == "head" and current is not None and current not in _revisions():
+        return
     await _run("upgrade", url, revision)
 
 
@@ -61,6 +67,7 @@ async def differences(url: str) -> str | None:
     Returns:
         One line that says how they differ, ``None`` if they do not.
     """
+    asyncpg_url(url)  # a URL that is none is not a difference
     try:
         await _run("check", url)
     except BadConfiguration as error:
@@ -75,9 +82,20 @@ async def _run(name: str, url: str, *arguments: str) -> None:
     config = _config()
     config.attributes["database_url"] = url
     try:
-        await asyncio.to_thread(getattr(command, name), config, *arguments)
+        with answering():
+            try:
+                await asyncio.to_thread(getattr(command, name), config, *arguments)
+            except DBAPIError as error:
+                # What asyncpg raised, before SQLAlchemy wrapped it twice.
+                cause = error.orig.__cause__ if error.orig is not None else None
+                raise cause or error from None
     except CommandError as error:
         raise BadConfiguration(str(error)) from None
+
+
+def _revisions() -> list[str]:
+    """Return the revisions that this chiffon knows, newest first."""
+    return [script.revision for script in _scripts().walk_revisions()]
 
 
 def _scripts() -> ScriptDirectory:

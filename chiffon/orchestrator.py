@@ -74,8 +74,9 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
 
         async def consume(session: Session) -> None:
             await declare()  # again: the broker may have come back empty
-            await ingest.attach(session)
+            # The responder first: if it cannot attach, no heartbeat has been delivered in vain.
             await responder.attach(session)
+            await ingest.attach(session)
 
         await stack.enter_async_context(Link(amqp_url, name=f"{name} consumes", prepare=consume))
         broker, database = describe(settings.amqp_url), describe(settings.database_url)

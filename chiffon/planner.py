@@ -24,6 +24,7 @@ from chiffon.bus import Channel, Link, Properties, Session, publish, translated
 from chiffon.errors import (
     AgentNotFoundError,
     BadMessage,
+    BusRefused,
     BusUnavailable,
     CapacityRefused,
     CapacityTimeout,
@@ -45,7 +46,7 @@ from chiffon.messages import (
     decode,
     encode,
 )
-from chiffon.provisioning import await_exchange
+from chiffon.provisioning import ANSWER_SECONDS, await_exchange
 from chiffon.topology import CAPACITY_KEY, DEADLINE_HEADER, RPC
 
 log = logging.getLogger(__name__)
@@ -106,6 +107,7 @@ class PlannerClient:
             NoResponders: Nobody is listening. Known at once, without waiting.
             CapacityTimeout: Nothing came back within ``timeout``.
             CapacityRefused: The responder declined; ``code`` says why.
+            BusRefused: The broker does not let us in, or not ask.
             BusUnavailable: The broker could not be reached within ``timeout``.
         """
         question = query if query is not None else CapacityQuery()
@@ -138,7 +140,7 @@ class PlannerClient:
                     asked = True
                     try:
                         return await self._ask_once(session, kind, body, deadline)
-                    except (NoResponders, Unroutable):
+                    except (NoResponders, BusRefused):
                         raise
                     except BusUnavailable as error:
                         # The line was cut: asking twice harms nobody, a question changes nothing.
@@ -193,10 +195,17 @@ class PlannerClient:
     async def _prepare(self, session: Session) -> None:
         await await_exchange(session, RPC)
         channel = await session.channel()
+        channel.on_consumer_cancel_callbacks.add(
+            lambda _: session.drop("the broker cancelled the consumer of the reply queue")
+        )
         with translated("making a reply queue"):
-            queue = await channel.queue_declare("", exclusive=True, auto_delete=True)
+            queue = await channel.queue_declare(
+                "", exclusive=True, auto_delete=True, timeout=ANSWER_SECONDS
+            )
             self._reply_queue = str(queue.queue)
-            await channel.basic_consume(self._reply_queue, self._on_reply, no_ack=True)
+            await channel.basic_consume(
+                self._reply_queue, self._on_reply, no_ack=True, timeout=ANSWER_SECONDS
+            )
         self._channel = channel
 
     async def _on_reply(self, message: DeliveredMessage) -> None:

@@ -12,7 +12,6 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import UUID
 
 import asyncpg
@@ -25,7 +24,6 @@ from chiffon.errors import (
     RegistryUnavailable,
     RowRefused,
     TablesMissing,
-    masked,
 )
 from chiffon.messages import CapacityQuery, StatusUpdate
 
@@ -83,10 +81,14 @@ SELECT now() - $1 * interval '1 second', statement_timestamp(),
           WHERE r.status IN ('online', 'busy') AND NOT EXISTS (SELECT FROM ingest_path)
        ), interval '0')
 ON CONFLICT (only_row) DO UPDATE SET
-  fresh_at = greatest(p.fresh_at, excluded.fresh_at),
-  fresh_since = CASE WHEN statement_timestamp() - p.fresh_at > interval '5 seconds'
+  -- A last canary from the future: the clock was set back, which is a gap like any other.
+  fresh_at = CASE WHEN p.fresh_at > statement_timestamp() + interval '1 second'
+    THEN excluded.fresh_at ELSE greatest(p.fresh_at, excluded.fresh_at) END,
+  fresh_since = CASE WHEN statement_timestamp() - p.fresh_at
+      NOT BETWEEN interval '-1 second' AND interval '5 seconds'
     THEN statement_timestamp() ELSE p.fresh_since END,
-  grace_until = CASE WHEN statement_timestamp() - p.fresh_at > interval '5 seconds'
+  grace_until = CASE WHEN statement_timestamp() - p.fresh_at
+      NOT BETWEEN interval '-1 second' AND interval '5 seconds'
     THEN statement_timestamp() + coalesce((
       SELECT max(r.lease_seconds * 4 / 3 * interval '1 second') FROM agent_registry r
        WHERE r.status IN ('online', 'busy')
@@ -108,7 +110,9 @@ UPDATE agent_registry SET status = 'offline'
    SELECT r.agent_id FROM agent_registry r CROSS JOIN ingest_path p
     WHERE r.status IN ('online', 'busy')
       AND p.fresh_at > statement_timestamp() - interval '5 seconds'
-      AND statement_timestamp() - greatest(r.last_heartbeat_at, p.fresh_since)
+      AND statement_timestamp() - greatest(p.fresh_since, CASE
+            WHEN r.last_heartbeat_at <= statement_timestamp() + interval '5 seconds'
+            THEN r.last_heartbeat_at END)
           > r.lease_seconds * 4 / 3 * interval '1 second'
     ORDER BY r.agent_id FOR UPDATE OF r SKIP LOCKED)
 RETURNING agent_id, hostname, pool_name,
@@ -129,6 +133,7 @@ WITH header AS (
     FROM agent_registry r
    WHERE r.status = 'online' AND r.metrics_sound AND NOT r.drained
      AND r.last_heartbeat_at > statement_timestamp() - r.lease_seconds * interval '1 second'
+     AND r.last_heartbeat_at < statement_timestamp() + interval '5 seconds'
      AND r.free_vram_gb >= $1 AND r.free_cores >= $2 AND r.free_memory_gb >= $3
      AND ($4::text IS NULL OR r.agent_type = $4)
      AND ($5::text IS NULL OR r.pool_name = $5)
@@ -251,7 +256,7 @@ class Registry:
         Raises:
             BadConfiguration: Not such a URL.
         """
-        with _answering():
+        with answering():
             pool = await asyncpg.create_pool(
                 asyncpg_url(url),
                 min_size=0,
@@ -320,9 +325,8 @@ class Registry:
         Returns:
             The agents whose status changed; empty almost always.
         """
-        silenced = [Silenced(*row) for row in await self._fetch(MARK_SILENT)]
         await self._fetch(SETTLE_GRACE)
-        return silenced
+        return [Silenced(*row) for row in await self._fetch(MARK_SILENT)]
 
     async def find(self, query: CapacityQuery, most: int) -> Found:
         """Return the agents that can take ``query`` now, best first.
@@ -374,7 +378,7 @@ class Registry:
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator["PoolConnectionProxy[asyncpg.Record]"]:
-        with _answering():
+        with answering():
             async with self._pool.acquire(timeout=ANSWER_SECONDS) as connection:
                 yield connection
 
@@ -389,18 +393,13 @@ def asyncpg_url(url: str) -> str:
     Raises:
         BadConfiguration: It is not a PostgreSQL URL.
     """
-    scheme = urlsplit(url).scheme
-    if scheme not in {"postgresql", "postgres", "postgresql+asyncpg"}:
+    scheme, has_scheme, _ = url.partition("://")
+    if not has_scheme or scheme not in {"postgresql", "postgres", "postgresql+asyncpg"}:
         raise BadConfiguration(
-            f"not a PostgreSQL URL: {masked(url)!r}; "
+            "CHIFFON_DATABASE_URL: not a PostgreSQL URL; "
             "it looks like postgresql://user:password@host/database"
         )
     return f"postgresql{url[len(scheme) :]}"
-
-
-def sqlalchemy_url(url: str) -> str:
-    """Return the URL in the form that SQLAlchemy takes for the asyncpg driver."""
-    return asyncpg_url(url).replace("postgresql", "postgresql+asyncpg", 1)
 
 
 def _columns(receipt: Receipt, now: float) -> tuple[Any, ...]:
@@ -433,7 +432,7 @@ def _agent(row: asyncpg.Record) -> AgentRow:
 
 
 @contextmanager
-def _answering() -> Iterator[None]:
+def answering() -> Iterator[None]:
     """Turn what asyncpg raises inside the block into chiffon's exceptions."""
     try:
         yield
@@ -446,6 +445,11 @@ def _answering() -> Iterator[None]:
     except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
         raise TablesMissing(
             "the database has no chiffon tables yet; run `chiffon db upgrade`"
+        ) from None
+    except (ValueError, asyncpg.exceptions.ClientConfigurationError):
+        raise BadConfiguration(
+            "CHIFFON_DATABASE_URL: a bad host, port or option; in a user name or password, "
+            "/ is written %2F, @ %40 and : %3A"
         ) from None
     except TimeoutError:
         raise RegistryUnavailable(

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from aiormq.abc import DeliveredMessage
 from pydantic import BaseModel
 
-from chiffon.bus import Channel, Link, Properties, Publisher, Session, translated
+from chiffon.bus import Channel, Link, Properties, Publisher, Session, acknowledge, translated
 from chiffon.capacity import Capacity
 from chiffon.dead_letters import DeadLetters
 from chiffon.errors import (
@@ -31,6 +31,7 @@ from chiffon.messages import (
     CAPACITY_OFFERS,
     CAPACITY_SHOW,
     ERROR,
+    MAX_REPLY_BYTES,
     CapacityQuery,
     CapacityShow,
     ErrorCode,
@@ -78,7 +79,9 @@ class Responder:
     ) -> None:
         self._capacity = capacity
         self._reply_forms = tuple(reply_forms)
-        self._replies = Publisher(outgoing, confirms=False)
+        # Where an answer goes is the planner's word: the broker may refuse it and close the
+        # channel, which must not cost the connection that canary and dead letters share.
+        self._replies = Publisher(outgoing, confirms=False, is_vital=False)
         self._dead_letters = dead_letters
         self._channel: Channel | None = None
         self._consumer_tag: str | None = None
@@ -122,9 +125,7 @@ class Responder:
         except Exception:
             log.exception("a capacity question failed in an unforeseen way")
         try:
-            if message.delivery_tag is not None:
-                with translated("acknowledging"):
-                    await message.channel.basic_ack(message.delivery_tag)
+            await acknowledge(message)
         except BusUnavailable as error:
             log.debug("%s", error)
 
@@ -138,13 +139,13 @@ class Responder:
         patience = _patience_seconds(message)
         if time.monotonic() - received > patience:
             return  # it waited here for too long: whoever asked has stopped waiting
-        kind, reply = await self._reply(message)
+        kind, body = await self._reply(message)
         if time.monotonic() - received > patience:
             log.info("dropped an answer: its planner stopped waiting after %g s", patience)
             return
         try:
             await self._replies.publish(
-                encode(reply),
+                body,
                 exchange=exchange,
                 routing_key=key,
                 properties=Properties(
@@ -165,7 +166,17 @@ class Responder:
         except BusUnavailable as error:
             log.warning("the dead letter was not confirmed: %s", error)
 
-    async def _reply(self, message: DeliveredMessage) -> tuple[str, BaseModel]:
+    async def _reply(self, message: DeliveredMessage) -> tuple[str, bytes]:
+        kind, reply = await self._ask_or_refuse(message)
+        body = encode(reply)
+        if len(body) > MAX_REPLY_BYTES:
+            kind, reply = _error(
+                "invalid_request", "the answer is too large: ask for a lower limit"
+            )
+            body = encode(reply)
+        return kind, body
+
+    async def _ask_or_refuse(self, message: DeliveredMessage) -> tuple[str, BaseModel]:
         try:
             _refuse_late(message)
             return await self._ask(message)
@@ -200,7 +211,7 @@ def _error(code: ErrorCode, message: object, **details: str) -> tuple[str, Error
 def _patience_seconds(message: DeliveredMessage) -> float:
     """Return how long after its arrival here an answer is still wanted."""
     expiration = message.header.properties.expiration
-    return int(expiration) / 1_000 if expiration is not None else math.inf
+    return int(expiration) / 1_000 if expiration and expiration.isdecimal() else math.inf
 
 
 def _refuse_late(message: DeliveredMessage) -> None:

@@ -85,7 +85,10 @@ def default_state_folder() -> Path:
     """Return where state is kept when ``CHIFFON_STATE_DIR`` does not say."""
     if os.geteuid() == 0:
         return Path("/var/lib/chiffon")
-    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    try:
+        home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    except RuntimeError:
+        raise BadConfiguration("this user has no home folder; set CHIFFON_STATE_DIR") from None
     return Path(home) / "chiffon"
 
 
@@ -121,7 +124,7 @@ def up_addresses(folder: Path) -> dict[str, str]:
     path = folder / UP_FILE
     try:
         lines = path.read_text().splitlines()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except PermissionError:
         log.warning("a `chiffon up` of another user runs here; %s is not readable", path)

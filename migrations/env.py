@@ -7,22 +7,23 @@ finds it where every chiffon command does.
 import asyncio
 from logging.config import fileConfig
 
+import asyncpg
 from alembic import context
 from sqlalchemy import Connection, pool
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlmodel import SQLModel
 
 import chiffon.tables  # noqa: F401  (fills the metadata)
-from chiffon.registry import sqlalchemy_url
+from chiffon.registry import asyncpg_url
 from chiffon.settings import load
 
 config = context.config
 
 
 def database_url() -> str:
-    """Return the URL for SQLAlchemy: the one passed in, else the one the settings have."""
+    """Return the URL: the one passed in, else the one the settings have."""
     given: str | None = config.attributes.get("database_url")
-    return sqlalchemy_url(given or load().database_url.get_secret_value())
+    return asyncpg_url(given or load().database_url.get_secret_value())
 
 
 def migrate(connection: Connection) -> None:
@@ -36,7 +37,13 @@ def migrate(connection: Connection) -> None:
 
 async def migrate_online() -> None:
     """Connect and migrate."""
-    engine = create_async_engine(database_url(), poolclass=pool.NullPool)
+    url = database_url()
+    # asyncpg reads the URL, here as everywhere else: SQLAlchemy would read options otherwise.
+    engine = create_async_engine(
+        "postgresql+asyncpg://",
+        async_creator=lambda: asyncpg.connect(url),
+        poolclass=pool.NullPool,
+    )
     try:
         async with engine.connect() as connection:
             await connection.run_sync(migrate)

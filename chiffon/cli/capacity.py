@@ -19,7 +19,14 @@ app = typer.Typer(
 
 Answer = TypeVar("Answer")
 TimeoutOption = Annotated[
-    float | None, typer.Option("--timeout", help="Seconds to wait for the answer. Default 5.")
+    float | None,
+    typer.Option(
+        "--timeout",
+        "--rpc-timeout-seconds",
+        min=0.001,
+        max=3_600,
+        help="Seconds to wait for the answer. Default 5.",
+    ),
 ]
 
 

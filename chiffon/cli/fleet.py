@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import AsyncIterator, Callable
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID
 
@@ -24,11 +25,20 @@ from chiffon.cli.rows import FLEET, agent_data
 if TYPE_CHECKING:
     from chiffon.registry import Registry
 
+
+class Status(StrEnum):
+    """The states of an agent."""
+
+    online = "online"
+    busy = "busy"
+    offline = "offline"
+
+
 app = typer.Typer(
     help="All agents, as the registry has them.", no_args_is_help=True, rich_markup_mode=None
 )
 
-StatusOption = Annotated[str | None, typer.Option(help="online, busy or offline.")]
+StatusOption = Annotated[Status | None, typer.Option(help="Only these.")]
 PoolOption = Annotated[str | None, typer.Option(help="A pool.")]
 TypeOption = Annotated[str | None, typer.Option(help="A type.")]
 Data = dict[str, Any]
@@ -51,7 +61,7 @@ def list_agents(
     agents = asyncio.run(read())
     show_many(agents, FLEET, output)
     if not agents:
-        note("no agent is known")
+        note("no agent fits" if status or pool_name or agent_type else "no agent is known")
 
 
 @app.command()
@@ -90,8 +100,8 @@ def watch(
 
     if output is Format.json:
         raise typer.BadParameter("watch never ends; use -o jsonl, an object a line")
-    live = output is None and sys.stdout.isatty()
-    follow = _redraw if live or output is Format.table else _stream(output)
+    live = output is not Format.jsonl and sys.stdout.isatty()
+    follow = _redraw if live else _stream(output)
 
     async def run() -> None:
         async with _registry() as registry:
@@ -124,7 +134,7 @@ async def _looks(
 async def _redraw(looks: AsyncIterator[list[Data]]) -> None:
     from rich.live import Live
 
-    with Live(auto_refresh=False, screen=sys.stdout.isatty()) as display:
+    with Live(auto_refresh=False, screen=True) as display:
         async for agents in looks:
             made = table(agents, FLEET)
             if width_of(made) > display.console.width:
@@ -140,7 +150,7 @@ def _stream(output: Format | None) -> Callable[[AsyncIterator[list[Data]]], Any]
             print_plain([[column.cell(agent) for column in FLEET]])
 
     async def follow(looks: AsyncIterator[list[Data]]) -> None:
-        if output is None:
+        if output is not Format.jsonl:
             print_plain([[column.title for column in FLEET]])
         seen: dict[str, tuple[Any, ...]] = {}
         async for agents in looks:

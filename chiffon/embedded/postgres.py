@@ -72,7 +72,9 @@ async def run(state: Path, *, durable: bool = True) -> AsyncIterator[Postgres]:
     user = unprivileged_user()
     binaries = _reachable(programs(), user, state)
     folder = state / f"postgres-{await _major_version(binaries)}"
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        folder.chmod(0o755)  # the user must get through it, whatever the umask
     _require_reach(folder, user)
     password = kept_secret(folder / "password")
     data, log = folder / "data", folder / "postgres.log"
@@ -197,6 +199,8 @@ def _reachable(binaries: Path, user: str | None, state: Path) -> Path:
         for part in (package, package.with_name(f"{package.name}.libs")):
             if part.is_dir():
                 shutil.copytree(part, making / part.name, symlinks=True)
+        for made in (making, making / package.name):
+            made.chmod(0o755)
         making.rename(copy)
     return copy / package.name / binaries.parent.name / "bin"
 

@@ -131,9 +131,17 @@ async def run(state: Path, *, stop_gently: bool = True) -> AsyncIterator[RabbitM
 def kept_secret(path: Path) -> str:
     """Return the secret kept in a file of mode 0600, made at the first call."""
     if not path.exists():
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(16))
+        write_secret(path, secrets.token_hex(16))
     return path.read_text().strip()
+
+
+def write_secret(path: Path, content: str) -> None:
+    """Write a file of mode 0600, as a whole or not at all."""
+    making = path.with_name(f"{path.name}.new")
+    making.unlink(missing_ok=True)
+    with os.fdopen(os.open(making, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(content)
+    making.rename(path)
 
 
 def _environment(folder: Path, amqp_port: int) -> dict[str, str]:
@@ -147,7 +155,10 @@ def _environment(folder: Path, amqp_port: int) -> dict[str, str]:
         "ERL_EPMD_PORT": str(free_port()),
         "ERL_EPMD_ADDRESS": "127.0.0.1",
         "RABBITMQ_ALLOW_INPUT": "1",
-        "RABBITMQ_CONF_ENV_FILE": str(folder / "no-such-file"),
+        # Nothing of the system's own broker: neither its settings nor its port.
+        "RABBITMQ_ADVANCED_CONFIG_FILE": str(folder / "advanced.config"),
+        "RABBITMQ_CONFIG_FILES": str(folder / "conf.d" / "*.conf"),
+        "RABBITMQ_CONF_ENV_FILE": str(folder / "rabbitmq-env.conf"),
         "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
         "RABBITMQ_DIST_PORT": str(free_port()),
         "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "enabled_plugins"),

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from chiffon import identity, migrations
 from chiffon.embedded import postgres, rabbitmq
@@ -70,59 +70,70 @@ async def run(
         ChildFailed: A part did not start, or broker or database ended; with its last log lines.
     """
     stopped = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    serving = asyncio.create_task(_serve(settings, progress, ready, once))
-    stopping = asyncio.create_task(stopped.wait())
-    try:
+    async with AsyncExitStack() as stack:
+        serving = asyncio.create_task(_serve(settings, stack, progress, ready, once))
+        stopping = asyncio.create_task(stopped.wait())
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
         stopping.cancel()
-        if not serving.done():
-            progress("stopping")
-            serving.cancel()
-    with suppress(asyncio.CancelledError):
-        await serving
+        serving.cancel()
+        # What runs is stopped in order as the stack unwinds; another signal does not hurry it.
+        progress("stopping")
+        with suppress(asyncio.CancelledError):
+            await serving
 
 
 async def _serve(
-    settings: Settings, progress: Progress, ready: Callable[[Up], None], once: bool
+    settings: Settings, stack: AsyncExitStack, progress: Progress, ready: Ready, once: bool
 ) -> None:
     folder = settings.state_folder
-    async with AsyncExitStack() as stack:
-        stack.enter_context(_alone(folder))
-        amqp_url, management_url, database_url, servers = await _servers(settings, stack, progress)
-        await migrations.upgrade(database_url)
-        urls = {"amqp_url": amqp_url, "database_url": database_url}
-        if management_url is not None:
-            urls["management_url"] = management_url
-        processes = await stack.enter_async_context(_processes(folder, urls))
-        stack.enter_context(_address_file(folder, urls))
-        progress("waiting for this host's first heartbeat in a capacity answer")
-        ready(await _while_running(servers, _proof(folder, urls, processes)))
-        if not once:
-            await _while_running(servers, _keep(processes, progress))
+    stack.enter_context(_alone(folder))
+    amqp_url, management_url, database_url, servers = await _servers(settings, stack, progress)
+    await migrations.upgrade(database_url)
+    urls = {"amqp_url": amqp_url, "database_url": database_url}
+    if management_url is not None:
+        urls["management_url"] = management_url
+    processes = await stack.enter_async_context(_processes(folder, urls))
+    stack.enter_context(_address_file(folder, urls))
+    progress("waiting for this host's first heartbeat in a capacity answer")
+    ready(await _while_running(servers, _proof(folder, urls, processes)))
+    if not once:
+        await _while_running(servers, _keep(processes, progress))
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the state folder's lock: one ``up`` a folder."""
     try:
-        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-        lock = (folder / UP_LOCK).open("w")
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            folder.chmod(0o755)  # the database's user must get in, whatever the umask
+        lock = os.fdopen(os.open(folder / UP_LOCK, os.O_RDWR | os.O_CREAT, 0o600), "w")
     except OSError as error:
         raise BadConfiguration(
             f"the state folder {folder} cannot be used: {error.strerror}; set CHIFFON_STATE_DIR"
         ) from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked(lock):
             raise AlreadyUp(
                 f"a `chiffon up` runs already on {folder}; `chiffon fleet list` shows its fleet. "
                 "A second one needs its own CHIFFON_STATE_DIR"
-            ) from None
+            )
+        (folder / UP_FILE).unlink(missing_ok=True)  # of one that was killed
         yield
+
+
+def _locked(lock: IO[str]) -> bool:
+    """Take the lock; somebody who only looks whether it is taken holds it for a moment."""
+    for _ in range(10):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+        else:
+            return True
+    return False
 
 
 async def _servers(
@@ -154,10 +165,8 @@ async def _servers(
 def _address_file(folder: Path, urls: dict[str, str]) -> Iterator[None]:
     """Write our addresses down for other commands, for as long as we run."""
     path = folder / UP_FILE
-    path.unlink(missing_ok=True)
     lines = [f"{PREFIX}{name.upper()}={url}\n" for name, url in urls.items()]
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write("".join(lines))
+    rabbitmq.write_secret(path, "".join(lines))
     try:
         yield
     finally:
@@ -204,10 +213,12 @@ async def _processes(folder: Path, urls: dict[str, str]) -> AsyncIterator[list[_
         **{f"{PREFIX}{name.upper()}": url for name, url in urls.items()},
         f"{PREFIX}STATE_DIR": str(folder),
     }
-    processes = [_Process(name, folder, environment) for name in ("orchestrator", "agent")]
+    processes: list[_Process] = []
     try:
-        for process in processes:
+        for name in ("orchestrator", "agent"):
+            process = _Process(name, folder, environment)
             await process.start()
+            processes.append(process)
         yield processes
     finally:
         # The agent first, so that its farewell is still recorded.

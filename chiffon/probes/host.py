@@ -8,6 +8,8 @@ import psutil
 
 from chiffon.probes.sample import to_gb
 
+SHORTEST_WINDOW_SECONDS = 0.2
+
 
 @dataclass(frozen=True)
 class HostSample:
@@ -23,16 +25,15 @@ class HostSample:
 
 
 class HostProbe:
-    """Reads the host. Use it from one thread: psutil keeps the last CPU times per thread."""
+    """Reads the host; CPU use is what happened between two readings of one probe."""
 
     def __init__(self) -> None:
-        self._has_baseline = False
+        self._last: tuple[float, float] | None = None
+        self._busy_percent: float | None = None
 
     def read(self) -> HostSample:
         """Return what is free now. CPU use is since the last call, so unknown at the first."""
-        percent = psutil.cpu_percent(interval=None)
-        busy = percent if self._has_baseline else None
-        self._has_baseline = True
+        busy = self._cpu_percent()
         load = psutil.getloadavg()
         memory = psutil.virtual_memory()
         return HostSample(
@@ -44,6 +45,27 @@ class HostProbe:
             memory_percent=memory.percent,
             memory_available_gb=to_gb(memory.available),
         )
+
+    def _cpu_percent(self) -> float | None:
+        """Return the busy share of all CPUs since the last reading, 0 to 100.
+
+        Of two readings within 0.2 s the first stands: the kernel counts in hundredths of a
+        second, and between two looks a busy host may seem idle. psutil's own ``cpu_percent``
+        keeps its last reading per thread, so that two probes would spoil each other's.
+        """
+        times = psutil.cpu_times()
+        # Linux counts guests' time also as user time; iowait is idle for a new job.
+        total = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
+        idle = times.idle + getattr(times, "iowait", 0.0)
+        if self._last is None:
+            self._last = (total, idle)
+            return None
+        elapsed, idled = total - self._last[0], idle - self._last[1]
+        if elapsed >= SHORTEST_WINDOW_SECONDS * (psutil.cpu_count() or 1):
+            self._last = (total, idle)
+            share = 1 - min(max(idled / elapsed, 0.0), 1.0)
+            self._busy_percent = round(100 * share, 1)
+        return self._busy_percent
 
 
 def usable_cpus() -> float:

@@ -1,8 +1,8 @@
 """All sources together, as the ``resources`` of one heartbeat.
 
 GPU drivers can hang, so a daemon thread reads them and the heartbeat takes the last sample: it
-waits a moment for a fresh one and then goes without. A sample that has grown old is no longer
-news, and its free VRAM becomes unknown, with the reason.
+waits a moment for a fresh one and then goes without. When a driver has not answered for long, the
+last sample is no longer news, and its free VRAM becomes unknown, with the reason.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -22,16 +22,10 @@ from chiffon.probes.sample import GpuSample, printable
 
 FIRST_CPU_SAMPLE_SECONDS = 0.25
 FIRST_GPU_SAMPLE_SECONDS = 2.0
-FRESH_GPU_SAMPLE_SECONDS = 0.25
-OLD_GPU_SAMPLE_SECONDS = 15.0
+FRESH_GPU_SAMPLE_SECONDS = 1.0
+HUNG_GPU_SAMPLE_SECONDS = 15.0
 
 GpuSource = Callable[[], GpuSample]
-
-
-@dataclass(frozen=True)
-class _Snapshot:
-    samples: list[GpuSample]
-    taken: float
 
 
 def sources(sysfs: Path = Path("/sys")) -> list[GpuSource]:
@@ -53,7 +47,8 @@ class Reader:
     def __init__(self, gpu_sources: Sequence[GpuSource]) -> None:
         self._host = HostProbe()
         self._sources = gpu_sources
-        self._snapshot: _Snapshot | None = None
+        self._samples: list[GpuSample] | None = None
+        self._asked = 0.0
         self._wanted = threading.Event()
         self._taken = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -86,7 +81,7 @@ class Reader:
             **vars(host),
             gpu_vram_total_gb=first.total_gb if first else self._none_or_unknown(),
             gpu_vram_available_gb=first.available_gb if first else self._none_or_unknown(),
-            gpu_type=first.vendor if first else ("none" if self._snapshot else None),
+            gpu_type=first.vendor if first else ("none" if self._samples is not None else None),
             gpus=_renumbered(present),
             probe_errors=[
                 printable(line, 512)
@@ -100,23 +95,24 @@ class Reader:
         self._wanted.set()
 
     def _none_or_unknown(self) -> float | None:
-        return 0.0 if self._snapshot else None
+        return 0.0 if self._samples is not None else None
 
     def _gpu_samples(self) -> tuple[list[GpuSample], list[str]]:
-        if self._snapshot is None:
+        if self._samples is None:
             return [], ["gpus: the drivers have not answered yet"]
-        age = time.monotonic() - self._snapshot.taken
-        if age < OLD_GPU_SAMPLE_SECONDS:
-            return self._snapshot.samples, []
+        waited = 0.0 if self._taken.is_set() else time.monotonic() - self._asked
+        if waited < HUNG_GPU_SAMPLE_SECONDS:
+            return self._samples, []
         old = [
             replace(sample, gpus=[_without_use(gpu) for gpu in sample.gpus])
-            for sample in self._snapshot.samples
+            for sample in self._samples
         ]
         present = any(sample.is_present for sample in old)
-        return old, [f"gpus: a driver has not answered for {age:.0f} s"] if present else []
+        return old, [f"gpus: a driver has not answered for {waited:.0f} s"] if present else []
 
     async def _fresh_gpus(self, patience_seconds: float) -> None:
         self._taken.clear()
+        self._asked = time.monotonic()
         self._wanted.set()
         try:
             async with asyncio.timeout(patience_seconds):
@@ -130,8 +126,7 @@ class Reader:
             self._wanted.clear()
             if self._stopped:
                 return
-            samples = [_guarded(source) for source in self._sources]
-            self._snapshot = _Snapshot(samples, time.monotonic())
+            self._samples = [_guarded(source) for source in self._sources]
             try:
                 self._loop.call_soon_threadsafe(self._taken.set)
             except RuntimeError:  # the loop has ended meanwhile

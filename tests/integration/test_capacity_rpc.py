@@ -3,7 +3,8 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
 from uuid import uuid4
@@ -192,6 +193,49 @@ async def test_a_refused_planner_is_told_at_once(amqp_url: str) -> None:
     async with PlannerClient.open(wrong) as planner:
         with pytest.raises(BusRefused, match="refused user 'bob'"):
             await planner.find(timeout=30)
+
+
+@contextmanager
+def user(management: Management, amqp_url: str, **rights: str) -> Iterator[str]:
+    """A user of the virtual host with these rights and no others."""
+    vhost = amqp_url.rpartition("/")[2]
+    name = f"user-{uuid4().hex[:8]}"
+    management.call("PUT", f"users/{name}", {"password": "pw", "tags": ""})
+    allowed = {"configure": ".*", "write": ".*", "read": ".*", **rights}
+    management.call("PUT", f"permissions/{vhost}/{name}", allowed)
+    try:
+        yield f"amqp://{name}:pw@{amqp_url.partition('@')[2]}"
+    finally:
+        management.call("DELETE", f"users/{name}")
+
+
+async def test_a_planner_that_may_not_ask_is_told_so_at_once(
+    serving: str, management: Management
+) -> None:
+    with user(management, serving, write="^amq\\.gen-") as url:
+        async with PlannerClient.open(url) as planner:
+            with pytest.raises(BusRefused, match="ACCESS_REFUSED"):
+                await planner.find(timeout=30)
+
+
+async def test_a_responder_that_may_not_write_to_the_default_exchange_goes_on(
+    amqp_url: str, database_url: str, management: Management, caplog: pytest.LogCaptureFixture
+) -> None:
+    with user(management, amqp_url, write="^chiffon\\.") as limited:
+        async with orchestrating(limited, database_url), plain.channel(amqp_url) as channel:
+            queue = await channel.declare_queue(exclusive=True)
+            await queue.bind("chiffon.replies", "p")
+            for _ in range(3):
+                await plain.publish(
+                    channel, "chiffon.rpc", "capacity", {}, "capacity.find.v1", reply_to="amq.gen-x"
+                )
+
+            answer = await Caller(channel, queue).ask(
+                "capacity.find.v1", {}, reply_to="/exchanges/chiffon.replies/p"
+            )
+
+    assert answer.type == "capacity.offers.v1"
+    assert "lost the broker" not in caplog.text
 
 
 async def test_a_cut_connection_between_questions_is_not_noticed(

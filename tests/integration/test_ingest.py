@@ -118,6 +118,24 @@ async def test_what_does_not_fit_is_set_aside(
     assert dead["payload"] == body
 
 
+async def test_dead_letters_that_cannot_be_published_do_not_hold_up_the_good(
+    amqp_url: str, database_url: str, registry: Registry, management: Management
+) -> None:
+    good = update()
+    vhost = amqp_url.rpartition("/")[2]
+    async with orchestrating(amqp_url, database_url, ingest_batch_seconds=1.0):
+        management.call("DELETE", f"exchanges/{vhost}/chiffon.dead-letters")
+        async with plain.channel(amqp_url) as to:
+            for _ in range(20):
+                await plain.publish(to, EXCHANGE, "heartbeat.x.y.z", b"{}", KIND)
+            await send(to, good)
+        began = time.monotonic()
+        await recorded(registry, good.agent_id, 1)
+        await drained(amqp_url)
+
+    assert time.monotonic() - began < 20, "each dead letter was waited for"
+
+
 async def test_a_relays_array_is_recorded_and_its_bad_element_set_aside_alone(
     amqp_url: str, database_url: str, registry: Registry, queues: Queues
 ) -> None:

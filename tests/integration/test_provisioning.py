@@ -1,13 +1,15 @@
 """The topology on a real broker."""
 
+import asyncio
 import json
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
 from chiffon import topology
-from chiffon.bus import Properties, Session, dial, dial_any, publish
+from chiffon.bus import Link, Properties, Publisher, Session, dial, dial_any, publish
 from chiffon.errors import BusRefused, BusUnavailable, TopologyMismatch, TopologyMissing, Unroutable
 from chiffon.provisioning import Finding, await_exchange, check, declare, ensure
 from tests.fixtures.servers import Management, Servers
@@ -126,8 +128,8 @@ async def test_a_wrong_password_is_refused_and_not_shown(amqp_url: str) -> None:
     assert "hunter2" not in str(refused.value)
 
 
-async def test_an_unknown_virtual_host_is_a_refusal(amqp_url: str) -> None:
-    with pytest.raises(BusRefused, match="no virtual host 'nowhere'"):
+async def test_an_unknown_virtual_host_is_named(amqp_url: str) -> None:
+    with pytest.raises(BusUnavailable, match="would not open virtual host 'nowhere'"):
         await dial(urlsplit(amqp_url)._replace(path="/nowhere").geturl(), "test")
 
 
@@ -136,6 +138,63 @@ async def test_a_host_that_does_not_speak_amqp_is_said_to_be_that(servers: Serve
 
     with pytest.raises(BusUnavailable, match=f"{parts.port}"):
         await dial(f"amqp://u:p@127.0.0.1:{parts.port}/", "test")
+
+
+async def test_a_link_survives_a_bug_in_what_prepares_it(
+    amqp_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tries: list[Session] = []
+
+    async def prepare(session: Session) -> None:
+        tries.append(session)
+        if len(tries) == 1:
+            raise ZeroDivisionError("oops")
+
+    async with Link(amqp_url, name="test", prepare=prepare) as link, asyncio.timeout(20):
+        assert await link.session() is tries[1]
+
+    assert "oops" in caplog.text
+
+
+async def test_a_session_whose_confirms_do_not_come_is_dropped(amqp_url: str) -> None:
+    """A host that takes the handshake and then nothing more: a relay that is stopped."""
+    parts = urlsplit(amqp_url)
+    stopped = asyncio.Event()
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, to_there = await asyncio.open_connection(parts.hostname, parts.port)
+
+        async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            while data := await source.read(65_536):
+                if not stopped.is_set():
+                    sink.write(data)
+            sink.close()
+
+        await asyncio.gather(pump(reader, to_there), pump(there, writer), return_exceptions=True)
+
+    server = await asyncio.start_server(relay, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    url = parts._replace(netloc=f"{parts.username}:{parts.password}@127.0.0.1:{port}").geturl()
+    async with Link(url, name="test") as link:
+        session = await link.session()
+        publisher = Publisher(link)
+        # The default exchange and a queue that is there prove that confirms come at first.
+        channel = await session.channel()
+        queue = str((await channel.queue_declare("", exclusive=True)).queue)
+        send = partial(
+            publisher.publish, b"", exchange="", routing_key=queue, properties=Properties()
+        )
+        await send(timeout=5)
+        stopped.set()
+
+        with pytest.raises(BusUnavailable, match=r"not confirmed in time|not published in 0\.5 s"):
+            await send(timeout=0.5)
+
+        assert session.lost.done()
+        stopped.clear()
+        async with asyncio.timeout(20):
+            assert await link.session() is not session
+    server.close()
 
 
 async def test_the_second_host_is_used_when_the_first_is_away(amqp_url: str) -> None:

@@ -53,7 +53,17 @@ def test_looking_does_not_claim(tmp_path: Path) -> None:
         assert identity.peek(tmp_path) == mine
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"agent_id": "x", "incarnation": 1}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{}",
+        "[]",
+        '{"agent_id": "x", "incarnation": 1}',
+        '{"agent_id": 5, "incarnation": 1}',
+        '{"agent_id": "6e5b0a3e-3c1e-4f0e-9f3a-0c5b1c9d7a11", "incarnation": Infinity}',
+    ],
+)
 def test_a_damaged_file_is_named_and_not_replaced(tmp_path: Path, content: str) -> None:
     (tmp_path / "agent.json").write_text(content)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -211,14 +212,51 @@ def test_free_cores_are_whole_and_never_below_zero(
     assert free_cores(busy, online, usable) == free
 
 
-def test_cpu_use_is_unknown_until_there_are_two_samples() -> None:
+Times = namedtuple("Times", "user system idle iowait guest")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[Times]:
+    """What the kernel says of two CPUs, reading after reading; the last one stays."""
+    readings: list[Times] = []
+    monkeypatch.setattr("psutil.cpu_count", lambda logical=True: 2)
+    monkeypatch.setattr(
+        "psutil.cpu_times", lambda: readings.pop(0) if len(readings) > 1 else readings[0]
+    )
+    return readings
+
+
+def test_cpu_use_is_unknown_until_there_are_two_samples(clock: list[Times]) -> None:
+    clock += [Times(10, 0, 10, 0, 0), Times(11, 0.5, 10, 0.5, 1)]
     probe = HostProbe()
 
     first, second = probe.read(), probe.read()
 
     assert (first.cpu_percent, first.cpu_cores_available) == (None, None)
-    assert second.cpu_percent is not None
+    # One second of guest time is in the user time already; waiting for a disk is idle.
+    assert second.cpu_percent == 75.0
     assert second.memory_available_gb is not None
+
+
+def test_two_readings_close_together_do_not_make_a_busy_host_look_idle(
+    clock: list[Times],
+) -> None:
+    clock += [Times(0, 0, 0, 0, 0), Times(2, 0, 0, 0, 0), Times(2, 0, 0.01, 0, 0)]
+    probe = HostProbe()
+
+    readings = [probe.read().cpu_percent for _ in range(3)]
+
+    assert readings == [None, 100.0, 100.0]
+
+
+def test_two_probes_do_not_spoil_each_others_readings(clock: list[Times]) -> None:
+    clock += [Times(0, 0, 0, 0, 0), Times(1, 0, 1, 0, 0), Times(2, 0, 2, 0, 0)]
+    one, other = HostProbe(), HostProbe()
+
+    one.read()
+    other.read()
+
+    assert one.read().cpu_percent == 50.0
 
 
 def card(index: int, total: float, free: float | None) -> Gpu:
@@ -284,7 +322,7 @@ async def test_a_driver_that_hangs_neither_stops_the_reading_nor_keeps_old_numbe
 
         async with asyncio.timeout(5):
             recent = await opened.read()
-            monkeypatch.setattr(reader, "OLD_GPU_SAMPLE_SECONDS", 0.0)
+            monkeypatch.setattr(reader, "HUNG_GPU_SAMPLE_SECONDS", 0.0)
             old = await opened.read()
     finally:
         hang.set()
