@@ -128,15 +128,12 @@ class Session:
         finally:
             ready.cancel()
 
-    async def channel(
-        self, *, confirms: bool = True, prefetch: int = 0, is_vital: bool = True
-    ) -> Channel:
-        """Open a channel; when a vital one closes for any reason, the session is lost.
+    async def channel(self, *, confirms: bool = True, prefetch: int = 0) -> Channel:
+        """Open a channel; when it closes for any reason, the session is lost.
 
         Args:
             confirms: Whether ``publish`` on it waits for the broker's confirm.
             prefetch: How many deliveries may be unacknowledged; 0 means no limit.
-            is_vital: False where somebody else can make the broker close it.
 
         Raises:
             BusUnavailable: The connection is gone.
@@ -148,8 +145,7 @@ class Session:
             channel = await transport.connection.channel(
                 publisher_confirms=confirms, on_return_raises=True, timeout=DIAL_SECONDS
             )
-            if is_vital:
-                channel.closing.add_done_callback(partial(self._on_channel_close, channel))
+            channel.closing.add_done_callback(partial(self._on_channel_close, channel))
             if prefetch:
                 await channel.basic_qos(prefetch_count=prefetch)
         return channel
@@ -401,13 +397,11 @@ class Publisher:
     Args:
         link: The connection.
         confirms: Whether to wait for the broker's confirm.
-        is_vital: See ``Session.channel``.
     """
 
-    def __init__(self, link: Link, *, confirms: bool = True, is_vital: bool = True) -> None:
+    def __init__(self, link: Link, *, confirms: bool = True) -> None:
         self._link = link
         self._confirms = confirms
-        self._is_vital = is_vital
         self._open: tuple[Session, Channel] | None = None
         self._opening = asyncio.Lock()
 
@@ -455,9 +449,8 @@ class Publisher:
     async def _channel(self) -> Channel:
         async with self._opening:
             session = await self._link.session()
-            if self._open is None or self._open[0] is not session or self._open[1].is_closed:
-                channel = await session.channel(confirms=self._confirms, is_vital=self._is_vital)
-                self._open = (session, channel)
+            if self._open is None or self._open[0] is not session:
+                self._open = (session, await session.channel(confirms=self._confirms))
             return self._open[1]
 
 

@@ -1,8 +1,8 @@
 """The orchestrator: ingest, sweeper, canary and responder in one process.
 
-Any number may run on one broker and database; any may die at any time. Two connections: one
-consumes and acknowledges, the other publishes, since an alarm of the broker stops everything on
-a connection that publishes, acknowledgements included.
+Any number may run on one broker and database; any may die at any time. Three connections: one
+consumes and acknowledges, the others publish, since an alarm of the broker stops everything on a
+connection that publishes, acknowledgements included; answers have one of their own.
 """
 
 import asyncio
@@ -58,6 +58,7 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
         await migrations.require_head(registry)
         await declare()
         outgoing = await stack.enter_async_context(Link(amqp_url, name=f"{name} publishes"))
+        answers = await stack.enter_async_context(Link(amqp_url, name=f"{name} answers"))
         dead_letters = DeadLetters(outgoing)
         ingest = Ingest(
             registry,
@@ -67,7 +68,7 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
         )
         responder = Responder(
             OrchestratorService(registry),
-            outgoing,
+            answers,
             dead_letters,
             reply_forms=settings.reply_forms,
         )

@@ -64,7 +64,9 @@ class Responder:
 
     Args:
         capacity: Who knows the answers.
-        outgoing: The connection for answers; never the one that consumes.
+        answers: A connection for answers and nothing else. Where an answer goes is the planner's
+            word: the broker may refuse it and close the connection, which must not cost canary
+            and dead letters theirs.
         dead_letters: Where questions go that name no place for an answer.
         reply_forms: Which forms of ``reply_to`` are written to.
     """
@@ -72,16 +74,15 @@ class Responder:
     def __init__(
         self,
         capacity: Capacity,
-        outgoing: Link,
+        answers: Link,
         dead_letters: DeadLetters,
         *,
         reply_forms: Sequence[str] = REPLY_FORMS,
     ) -> None:
         self._capacity = capacity
         self._reply_forms = tuple(reply_forms)
-        # Where an answer goes is the planner's word: the broker may refuse it and close the
-        # channel, which must not cost the connection that canary and dead letters share.
-        self._replies = Publisher(outgoing, confirms=False, is_vital=False)
+        self._answers = answers
+        self._replies = Publisher(answers, confirms=False)
         self._dead_letters = dead_letters
         self._channel: Channel | None = None
         self._consumer_tag: str | None = None
@@ -156,6 +157,7 @@ class Responder:
                 timeout=SEND_SECONDS,
                 mandatory=False,
             )
+            self._answers.works()
         except BusUnavailable as error:
             log.warning("dropped an answer: %s", error)
 

@@ -89,7 +89,9 @@ async def _serve(
 ) -> None:
     folder = settings.state_folder
     stack.enter_context(_alone(folder))
-    amqp_url, management_url, database_url, servers = await _servers(settings, stack, progress)
+    amqp_url, management_url, database_url, servers = await _servers(
+        settings, stack, progress, stop_gently=not once
+    )
     await migrations.upgrade(database_url)
     urls = {"amqp_url": amqp_url, "database_url": database_url}
     if management_url is not None:
@@ -137,9 +139,9 @@ def _locked(lock: IO[str]) -> bool:
 
 
 async def _servers(
-    settings: Settings, stack: AsyncExitStack, progress: Progress
+    settings: Settings, stack: AsyncExitStack, progress: Progress, *, stop_gently: bool
 ) -> tuple[str, str | None, str, list[Child]]:
-    """Start the private servers that the settings do not name, both at once."""
+    """Start the private servers that the settings do not name."""
     amqp_url = settings.amqp_url.get_secret_value()
     database_url = settings.database_url.get_secret_value()
     management = settings.management_url
@@ -155,7 +157,9 @@ async def _servers(
         children.append(database.child)
     if own_broker:
         progress("starting RabbitMQ")
-        broker = await stack.enter_async_context(rabbitmq.run(settings.state_folder))
+        broker = await stack.enter_async_context(
+            rabbitmq.run(settings.state_folder, stop_gently=stop_gently)
+        )
         amqp_url, management_url = broker.amqp_url, broker.management_url
         children.append(broker.child)
     return amqp_url, management_url, database_url, children
