@@ -20,9 +20,10 @@ from datetime import UTC, datetime
 from typing import Any, Self
 
 from chiffon import __version__, liveness
-from chiffon.bus import Link, Properties, Publisher, Session
+from chiffon.bus import Properties, Publisher
 from chiffon.errors import BusUnavailable, ChiffonError, Unroutable, exit_code
 from chiffon.identity import Identity, claim, fresh, peek
+from chiffon.link import Link
 from chiffon.logs import configure
 from chiffon.messages import (
     STATUS_UPDATE,
@@ -35,6 +36,7 @@ from chiffon.messages import (
 )
 from chiffon.probes.reader import Reader
 from chiffon.provisioning import await_exchange
+from chiffon.session import Session
 from chiffon.settings import Settings, describe, load
 from chiffon.topology import HEARTBEATS
 

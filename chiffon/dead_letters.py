@@ -6,7 +6,8 @@ and acknowledge the original after the confirm.
 
 from aiormq.abc import DeliveredMessage
 
-from chiffon.bus import Link, Properties, Publisher
+from chiffon.bus import Properties, Publisher
+from chiffon.link import Link
 from chiffon.messages import Refusal
 from chiffon.topology import (
     DEAD_LETTER_HEADER,

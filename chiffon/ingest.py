@@ -14,7 +14,7 @@ from uuid import UUID
 
 from aiormq.abc import DeliveredMessage
 
-from chiffon.bus import Channel, Session, acknowledge, reject, translated
+from chiffon.bus import acknowledge, reject
 from chiffon.dead_letters import DeadLetters
 from chiffon.errors import BadMessage, BusUnavailable, RegistryUnavailable, RowRefused
 from chiffon.messages import (
@@ -26,6 +26,7 @@ from chiffon.messages import (
     encode,
 )
 from chiffon.registry import Receipt, Registry, Stale
+from chiffon.session import Channel, Session, translated
 from chiffon.topology import INGEST
 
 log = logging.getLogger(__name__)

@@ -13,13 +13,14 @@ from typing import Any
 from uuid import uuid4
 
 from chiffon import migrations
-from chiffon.bus import Link, Session, dial_any
 from chiffon.capacity import OrchestratorService
 from chiffon.dead_letters import DeadLetters
 from chiffon.ingest import Ingest
+from chiffon.link import Link
 from chiffon.provisioning import ensure
 from chiffon.registry import Registry
 from chiffon.responder import Responder
+from chiffon.session import Session, dial_any
 from chiffon.settings import Settings, describe
 from chiffon.sweeper import Canary, Sweeper
 

@@ -20,7 +20,7 @@ from uuid import UUID
 from aiormq.abc import DeliveredMessage
 from pydantic import BaseModel
 
-from chiffon.bus import Channel, Link, Properties, Session, publish, translated
+from chiffon.bus import Properties, publish
 from chiffon.errors import (
     AgentNotFoundError,
     BadMessage,
@@ -31,6 +31,7 @@ from chiffon.errors import (
     NoResponders,
     Unroutable,
 )
+from chiffon.link import Link
 from chiffon.messages import (
     CAPACITY_AGENT,
     CAPACITY_FIND,
@@ -47,6 +48,7 @@ from chiffon.messages import (
     encode,
 )
 from chiffon.provisioning import ANSWER_SECONDS, await_exchange
+from chiffon.session import Channel, Session, translated
 from chiffon.topology import CAPACITY_KEY, DEADLINE_HEADER, RPC
 
 log = logging.getLogger(__name__)

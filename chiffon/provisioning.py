@@ -7,7 +7,7 @@ from typing import Literal
 
 from pamqp.common import FieldTable
 
-from chiffon.bus import Channel, Properties, Session, publish, translated
+from chiffon.bus import Properties, publish
 from chiffon.errors import (
     BusRefused,
     TopologyMismatch,
@@ -15,6 +15,7 @@ from chiffon.errors import (
     Unroutable,
 )
 from chiffon.messages import CANARY
+from chiffon.session import Channel, Session, translated
 from chiffon.topology import BINDINGS, EXCHANGES, QUEUES, Binding, Exchange, Queue
 
 log = logging.getLogger(__name__)

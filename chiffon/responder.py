@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from aiormq.abc import DeliveredMessage
 from pydantic import BaseModel
 
-from chiffon.bus import Channel, Link, Properties, Publisher, Session, acknowledge, translated
+from chiffon.bus import Properties, Publisher, acknowledge
 from chiffon.capacity import Capacity
 from chiffon.dead_letters import DeadLetters
 from chiffon.errors import (
@@ -25,6 +25,7 @@ from chiffon.errors import (
     CapacityRefused,
     RegistryUnavailable,
 )
+from chiffon.link import Link
 from chiffon.messages import (
     CAPACITY_AGENT,
     CAPACITY_FIND,
@@ -41,6 +42,7 @@ from chiffon.messages import (
     encode,
 )
 from chiffon.provisioning import bind, declare_queue
+from chiffon.session import Channel, Session, translated
 from chiffon.topology import (
     CAPACITY,
     CAPACITY_BINDING,

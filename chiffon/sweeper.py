@@ -10,8 +10,9 @@ import logging
 from uuid import UUID
 
 from chiffon import liveness
-from chiffon.bus import Link, Properties, Publisher
+from chiffon.bus import Properties, Publisher
 from chiffon.errors import BusUnavailable, RegistryUnavailable
+from chiffon.link import Link
 from chiffon.messages import CANARY
 from chiffon.registry import Registry, Silenced
 from chiffon.topology import HEARTBEATS, canary_key

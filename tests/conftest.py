@@ -7,9 +7,9 @@ import asyncpg
 import pytest
 import pytest_asyncio
 
-from chiffon.bus import dial_any
 from chiffon.provisioning import declare
 from chiffon.registry import Registry, asyncpg_url
+from chiffon.session import dial_any
 from tests.fixtures.servers import Databases, Management, Servers, running, virtual_host
 
 

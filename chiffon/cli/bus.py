@@ -23,8 +23,8 @@ def declare() -> None:
     """Declare every exchange, queue and binding; twice is the same as once."""
     import asyncio
 
-    from chiffon.bus import dial_any
     from chiffon.provisioning import declare as put
+    from chiffon.session import dial_any
     from chiffon.settings import load
 
     url = load().amqp_url.get_secret_value()
@@ -46,8 +46,8 @@ def check(output: FormatOption = None) -> None:
     import asyncio
     from dataclasses import asdict
 
-    from chiffon.bus import dial_any
     from chiffon.provisioning import check as compare
+    from chiffon.session import dial_any
     from chiffon.settings import load
 
     url = load().amqp_url.get_secret_value()

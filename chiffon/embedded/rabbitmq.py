@@ -16,9 +16,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from chiffon.bus import dial
 from chiffon.embedded.children import Child, free_port
 from chiffon.errors import BadConfiguration, BusRefused, BusUnavailable
+from chiffon.session import dial
 
 START_SECONDS = 90.0
 STOP_SECONDS = 20.0

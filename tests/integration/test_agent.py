@@ -3,18 +3,17 @@
 import asyncio
 import json
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
 from pydantic import ValidationError
 
 from chiffon.agent import BaseAgent
-from chiffon.bus import dial
 from chiffon.errors import BusRefused, Unroutable
 from chiffon.identity import Identity
 from chiffon.messages import ResourceMetrics
 from chiffon.provisioning import declare
+from chiffon.session import dial
 from tests.fixtures import plain
 from tests.fixtures.servers import Management, Servers
 from tests.fixtures.waiting import until
@@ -144,25 +143,9 @@ async def test_after_a_cut_one_fresh_heartbeat_comes_at_once(
     async with BaseAgent(broker, interval_seconds=600.0) as agent:
         await inbox.next()
 
-        await cut(management, broker, str(agent.identity.agent_id))
+        await plain.cut(management, broker, str(agent.identity.agent_id))
 
         assert (await inbox.body())["sequence"] == 2
-
-
-async def cut(management: Management, amqp_url: str, name: str) -> None:
-    from urllib.parse import quote
-
-    vhost = urlsplit(amqp_url).path[1:]
-
-    async def listed() -> list[str]:
-        return [
-            one["name"]
-            for one in management.call("GET", f"vhosts/{vhost}/connections")
-            if one.get("client_properties", {}).get("connection_name") == name
-        ]
-
-    for connection in await until(listed, f"a connection named {name}"):
-        management.call("DELETE", f"connections/{quote(connection)}")
 
 
 async def test_an_agent_waits_for_a_broker_that_is_not_ready_and_keeps_nothing(

@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import quote
 from uuid import uuid4
 
 import aio_pika
@@ -250,23 +249,9 @@ async def test_a_cut_connection_between_questions_is_not_noticed(
     planner: PlannerClient, management: Management, amqp_url: str
 ) -> None:
     await planner.find()
-    await cut(management, amqp_url, "planner")
+    await plain.cut(management, amqp_url, "planner")
 
     await planner.find(timeout=20)
-
-
-async def cut(management: Management, amqp_url: str, name: str) -> None:
-    vhost = amqp_url.rpartition("/")[2]
-
-    async def listed() -> list[str]:
-        return [
-            one["name"]
-            for one in management.call("GET", f"vhosts/{vhost}/connections")
-            if one.get("client_properties", {}).get("connection_name") == name
-        ]
-
-    for connection in await until(listed, f"a connection named {name}"):
-        management.call("DELETE", f"connections/{quote(connection)}")
 
 
 async def test_a_question_that_is_open_when_the_line_is_cut_is_asked_again(
@@ -285,7 +270,7 @@ async def test_a_question_that_is_open_when_the_line_is_cut_is_asked_again(
         await silent.delete(if_unused=False, if_empty=False)
         async with orchestrating(amqp_url, database_url):
             assert not asking.done()
-            await cut(management, amqp_url, "planner")
+            await plain.cut(management, amqp_url, "planner")
 
             answer = await asking
 

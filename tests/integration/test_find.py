@@ -118,6 +118,9 @@ queries = st.builds(
 )
 
 
+EVERYBODY = CapacityQuery(min_cpu_cores=0, agent_type=None, limit=1_000)
+
+
 async def write(connection: "asyncpg.Connection[asyncpg.Record]", fleet: list[Agent]) -> None:
     rows = [
         (
@@ -154,7 +157,7 @@ def test_find_returns_what_a_brute_force_filter_returns_best_first(
         @given(fleets, st.lists(queries, min_size=1, max_size=4))
         def compare(fleet: list[Agent], questions: list[CapacityQuery]) -> None:
             runner.run(write(connection, fleet))
-            for query in questions:
+            for query in [EVERYBODY, *questions]:
                 answer = runner.run(service.find(query))
                 expected = sorted((agent for agent in fleet if fits(agent, query)), key=best_first)
                 counted = min(len(expected), 1_000 if query.explain else query.limit)

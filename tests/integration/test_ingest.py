@@ -313,31 +313,12 @@ async def test_a_cut_connection_loses_nothing(
             for position, one in enumerate(sent):
                 await send(to, one)
                 if position == 100:
-                    cut = await close_connections(management, amqp_url, "consumes")
+                    cut = await plain.cut(management, amqp_url, "consumes")
         for one in sent:
             await recorded(registry, one.agent_id, 1)
         await drained(amqp_url)
 
     assert cut >= 1, "the fault was not injected"
-
-
-async def close_connections(management: Management, amqp_url: str, words: str) -> int:
-    """Close the connections of a virtual host whose name has these words in it."""
-    vhost = amqp_url.rpartition("/")[2]
-
-    async def listed() -> list[str]:
-        return [
-            one["name"]
-            for one in management.call("GET", f"vhosts/{vhost}/connections")
-            if words in one.get("client_properties", {}).get("connection_name", "")
-        ]
-
-    from urllib.parse import quote
-
-    names = await until(listed, f"a connection named {words}")
-    for name in names:
-        management.call("DELETE", f"connections/{quote(name)}")
-    return len(names)
 
 
 async def test_a_deleted_queue_is_declared_and_consumed_again(

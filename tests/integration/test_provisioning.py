@@ -9,9 +9,11 @@ from urllib.parse import urlsplit
 import pytest
 
 from chiffon import topology
-from chiffon.bus import Link, Properties, Publisher, Session, dial, dial_any, publish
+from chiffon.bus import Properties, Publisher, publish
 from chiffon.errors import BusRefused, BusUnavailable, TopologyMismatch, TopologyMissing, Unroutable
+from chiffon.link import Link
 from chiffon.provisioning import Finding, await_exchange, check, declare, ensure
+from chiffon.session import Session, dial, dial_any
 from tests.fixtures.servers import Management, Servers
 
 PROJECT = Path(__file__).parents[2]

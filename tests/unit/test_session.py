@@ -1,11 +1,10 @@
-"""URLs, and what the AMQP library raises."""
+"""URLs of brokers, and what the AMQP library raises."""
 
 import asyncio
 
 import aiormq
 import pytest
 
-from chiffon.bus import hosts, translated
 from chiffon.errors import (
     BadConfiguration,
     BusRefused,
@@ -13,6 +12,7 @@ from chiffon.errors import (
     TopologyMissing,
     masked,
 )
+from chiffon.session import hosts, translated
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,278 @@
+"""One AMQP connection: opening it, its channels, and what the library raises, in our words.
+
+Channels are those of aiormq, one layer below aio-pika: two tasks and an object less a message.
+"""
+
+import asyncio
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+
+import aio_pika
+import aiormq
+from aiormq.abc import AbstractChannel
+from yarl import URL
+
+from chiffon.errors import (
+    BadConfiguration,
+    BusRefused,
+    BusUnavailable,
+    TopologyMismatch,
+    TopologyMissing,
+    Unroutable,
+    masked,
+)
+
+DIAL_SECONDS = 3.0
+CLOSE_SECONDS = 3.0
+
+HEARTBEAT_SECONDS = 5
+"""AMQP heartbeat. aiormq sees a dead peer only after three times (this + 1): 18 s here."""
+
+Channel = AbstractChannel
+
+
+def hosts(url: str) -> list[str]:
+    """Return one URL for each host that ``url`` names.
+
+    Args:
+        url: ``amqp://user:password@host:5672,other:5672/vhost``, or whole URLs separated by
+            commas. ``amqps`` for TLS; its files go into the query (``cafile``, ``certfile``,
+            ``keyfile``).
+
+    Raises:
+        BadConfiguration: It is not such a URL.
+    """
+    urls: list[str] = []
+    for part in re.split(r",(?=amqps?://)", url.strip()):
+        match = re.fullmatch(r"(amqps?://)((?:[^/]*@)?)([^/?@]+)([/?].*)?", part)
+        if not match:
+            raise BadConfiguration(
+                "CHIFFON_AMQP_URL: not an AMQP URL; it looks like amqp://user:password@host/vhost"
+            )
+        scheme, credentials, names, rest = match.groups()
+        urls += [f"{scheme}{credentials}{name}{rest or '/'}" for name in names.split(",")]
+    for one in urls:
+        try:
+            has_host = bool(urlsplit(one).hostname) and urlsplit(one).port != 0
+        except ValueError:
+            has_host = False
+        if not has_host:
+            raise BadConfiguration(
+                "CHIFFON_AMQP_URL: no host, or a bad port; in a user name or password, "
+                "/ is written %2F, @ %40 and : %3A"
+            )
+    return urls
+
+
+class Session:
+    """One open connection, until it is lost. Made by ``dial``."""
+
+    def __init__(self, connection: aio_pika.abc.AbstractConnection, where: str) -> None:
+        self.where = where
+        self.on_lost: Callable[[], None] = lambda: None
+        self.works: Callable[[], None] = lambda: None
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._connection = connection
+        self._discarded: set[Channel] = set()
+        connection.close_callbacks.add(self._on_close)
+
+    def _on_close(self, _: Any, error: BaseException | None) -> None:
+        self.drop(_describe(error))
+
+    def drop(self, reason: str) -> None:
+        """Give this connection up; its ``Link`` closes it and dials again."""
+        if not self.lost.done():
+            self.lost.set_result(reason)
+            self.on_lost()
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether the broker told us that an alarm stops publishers (``connection.blocked``)."""
+        transport = self._connection.transport
+        if transport is None:
+            return False
+        # The library offers a coroutine to wait with, and no flag: it suspends if blocked.
+        waiting = transport.connection.ready()
+        try:
+            waiting.send(None)
+        except StopIteration:
+            return False
+        waiting.close()
+        return True
+
+    async def unblocked(self) -> None:
+        """Wait until publishers may publish again, or the connection is lost."""
+        transport = self._connection.transport
+        if transport is None:
+            return
+        ready: asyncio.Future[Any] = asyncio.ensure_future(transport.connection.ready())
+        try:
+            await asyncio.wait({ready, self.lost}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ready.cancel()
+
+    async def channel(self, *, confirms: bool = True, prefetch: int = 0) -> Channel:
+        """Open a channel; when it closes for any reason, the session is lost.
+
+        Args:
+            confirms: Whether ``publish`` on it waits for the broker's confirm.
+            prefetch: How many deliveries may be unacknowledged; 0 means no limit.
+
+        Raises:
+            BusUnavailable: The connection is gone.
+        """
+        with translated("opening a channel"):
+            transport = self._connection.transport
+            if transport is None:
+                raise BusUnavailable("the connection is closed")
+            channel = await transport.connection.channel(
+                publisher_confirms=confirms, on_return_raises=True, timeout=DIAL_SECONDS
+            )
+            channel.closing.add_done_callback(partial(self._on_channel_close, channel))
+            if prefetch:
+                await channel.basic_qos(prefetch_count=prefetch)
+        return channel
+
+    async def discard(self, channel: Channel) -> None:
+        """Close a channel that has done its work; the session stays.
+
+        Raises:
+            BusUnavailable: The connection is gone.
+        """
+        self._discarded.add(channel)
+        with translated("closing a channel"):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await channel.close()
+
+    def _on_channel_close(self, channel: Channel, closing: asyncio.Future[Any]) -> None:
+        error = None if closing.cancelled() else closing.exception()
+        if channel in self._discarded:
+            self._discarded.discard(channel)
+        else:
+            self.drop(_describe(error))
+
+    async def close(self) -> None:
+        """Close the connection; a peer that does not answer is left to itself after 3 s."""
+        self.drop("closed by us")
+        # The library shrugs off one cancellation, so it is not waited for with a timeout.
+        closing = asyncio.ensure_future(self._connection.close())
+        closing.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.wait({closing}, timeout=CLOSE_SECONDS)
+
+
+async def dial(url: str, name: str) -> Session:
+    """Open one connection to one host.
+
+    Args:
+        url: A URL with one host; see ``hosts``.
+        name: Shown as the connection's name in the management UI.
+
+    Raises:
+        BusRefused: Wrong user or password.
+        BusUnavailable: Nothing answers there within 3 s, what answers is not a broker, or it does
+            not open the virtual host.
+    """
+    parts = urlsplit(url)
+    where = f"{parts.hostname}:{parts.port or (5671 if parts.scheme == 'amqps' else 5672)}"
+    target = url if "heartbeat=" in parts.query else _with_query(url, HEARTBEAT_SECONDS)
+    # `aio_pika.connect` would leave a half-open connection to the garbage collector.
+    connection = aio_pika.Connection(URL(target), client_properties={"connection_name": name})
+    try:
+        with _translated_dial(parts, where):
+            await connection.connect(timeout=DIAL_SECONDS)
+    except BaseException:
+        await connection.close()
+        raise
+    return Session(connection, where)
+
+
+@contextmanager
+def _translated_dial(parts: SplitResult, where: str) -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError:
+        raise BusUnavailable(f"no answer from {where} within {DIAL_SECONDS:g} s") from None
+    except (aiormq.exceptions.AuthenticationError, aiormq.exceptions.ProbableAuthenticationError):
+        user = parts.username or "guest"
+        raise BusRefused(f"the broker at {where} refused user {user!r}: wrong password?") from None
+    except aiormq.exceptions.InvalidFrameError:
+        # How the library tells of the broker's "no" to a virtual host: as a frame out of place,
+        # without the reason. It may be passing (starting, a limit), so it is no refusal.
+        vhost = parts.path.removeprefix("/") or "/"
+        raise BusUnavailable(
+            f"the broker at {where} would not open virtual host {vhost!r}: there is none, or none "
+            "for this user, or the broker is not ready"
+        ) from None
+    except OSError as error:
+        raise BusUnavailable(f"cannot reach the broker at {where}: {_describe(error)}") from None
+    except Exception as error:
+        raise BusUnavailable(f"no AMQP broker at {where}: {_describe(error)}") from error
+
+
+async def dial_any(url: str, name: str) -> Session:
+    """Open one connection to the first host of ``url`` that lets us in.
+
+    Raises:
+        BusRefused: A host refused, and none let us in.
+        BusUnavailable: No host could be reached.
+    """
+    troubles: list[BusUnavailable] = []
+    for one in hosts(url):
+        try:
+            return await dial(one, name)
+        except BusUnavailable as error:
+            troubles.append(error)
+    refusals = [trouble for trouble in troubles if isinstance(trouble, BusRefused)]
+    raise (refusals or troubles)[0]
+
+
+@contextmanager
+def translated(doing: str) -> Iterator[None]:
+    """Turn what the AMQP library raises inside the block into chiffon's exceptions.
+
+    A ``CancelledError`` that nobody asked for is one of them: when a connection dies, aiormq
+    raises it from a publish in flight, and a loop that lets it pass would end silently.
+    """
+    try:
+        yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise BusUnavailable(f"{doing}: the connection broke") from None
+    except TimeoutError:
+        raise BusUnavailable(f"{doing}: not confirmed in time") from None
+    except aiormq.exceptions.PublishError as error:
+        reason = getattr(error.frame, "reply_text", None) or "NO_ROUTE"
+        raise Unroutable(f"{doing}: no queue is bound for it ({reason})") from None
+    except (aiormq.exceptions.AMQPError, OSError, RuntimeError) as error:
+        ours = _TRANSLATIONS.get(type(error), BusUnavailable)
+        raise ours(f"{doing}: {_describe(error)}") from None
+    except Exception as error:
+        # A connection that ends between two frames: the library raises a bare Exception.
+        if type(error) is not Exception:
+            raise
+        raise BusUnavailable(f"{doing}: the connection broke") from None
+
+
+_TRANSLATIONS: dict[type[BaseException], type[BusUnavailable]] = {
+    aiormq.exceptions.ChannelNotFoundEntity: TopologyMissing,
+    aiormq.exceptions.ChannelAccessRefused: BusRefused,
+    aiormq.exceptions.ChannelPreconditionFailed: TopologyMismatch,
+}
+
+
+def _with_query(url: str, heartbeat: int) -> str:
+    return f"{url}{'&' if urlsplit(url).query else '?'}heartbeat={heartbeat}"
+
+
+def _describe(error: BaseException | None) -> str:
+    """Return one line for people; library exceptions keep theirs in ``args``."""
+    if error is None or isinstance(error, asyncio.CancelledError):
+        return "the connection was closed"
+    words = [str(arg) for arg in error.args if arg is not None]
+    return masked(" ".join(words) or type(error).__name__)
