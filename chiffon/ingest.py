@@ -114,11 +114,11 @@ class Ingest:
         channel.on_consumer_cancel_callbacks.add(
             lambda _: session.drop(f"the broker cancelled the consumer of {INGEST}")
         )
+        self._channel = channel
+        self._works = session.works
         with translated(f"consuming {INGEST}"):
             answer = await channel.basic_consume(INGEST, self._on_delivery)
         self._consumer_tag = answer.consumer_tag
-        self._channel = channel
-        self._works = session.works
         log.info("consuming %s", INGEST)
 
     async def _on_delivery(self, message: DeliveredMessage) -> None:

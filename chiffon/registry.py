@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import UUID
 
 import asyncpg
@@ -399,6 +400,13 @@ def asyncpg_url(url: str) -> str:
             "CHIFFON_DATABASE_URL: not a PostgreSQL URL; "
             "it looks like postgresql://user:password@host/database"
         )
+    try:
+        urlsplit(url).port  # noqa: B018  (reading it checks it)
+    except ValueError:
+        raise BadConfiguration(
+            "CHIFFON_DATABASE_URL: a bad port; in a user name or password, "
+            "/ is written %2F, @ %40 and : %3A"
+        ) from None
     return f"postgresql{url[len(scheme) :]}"
 
 
@@ -446,16 +454,17 @@ def answering() -> Iterator[None]:
         raise TablesMissing(
             "the database has no chiffon tables yet; run `chiffon db upgrade`"
         ) from None
-    except (ValueError, asyncpg.exceptions.ClientConfigurationError):
-        raise BadConfiguration(
-            "CHIFFON_DATABASE_URL: a bad host, port or option; in a user name or password, "
-            "/ is written %2F, @ %40 and : %3A"
-        ) from None
+    except asyncpg.exceptions.ClientConfigurationError as error:
+        raise BadConfiguration(f"CHIFFON_DATABASE_URL: {error}") from None
     except TimeoutError:
         raise RegistryUnavailable(
             f"the database did not answer within {ANSWER_SECONDS:g} s"
         ) from None
-    except (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError) as error:
+    except (
+        asyncpg.DataError,
+        asyncpg.IntegrityConstraintViolationError,
+        ValueError,  # what the driver itself cannot encode
+    ) as error:
         raise RowRefused(str(error).partition("\n")[0]) from None
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         raise RegistryUnavailable(f"the database failed us: {error}") from error

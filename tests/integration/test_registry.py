@@ -292,8 +292,13 @@ async def test_two_sweeps_at_once_report_each_transition_once(
     assert len(marked) == len(set(marked)) == 200
 
 
-async def test_a_value_that_postgresql_cannot_store_is_said_to_be_that(registry: Registry) -> None:
-    bad = update().model_copy(update={"hostname": "nul\x00"})
+@pytest.mark.parametrize(
+    "odd", [{"hostname": "nul\x00"}, {"hostname": "\ud800"}, {"sequence": 2**70}]
+)
+async def test_a_value_that_cannot_be_stored_is_said_to_be_that(
+    registry: Registry, odd: dict[str, Any]
+) -> None:
+    bad = update().model_copy(update=odd)
 
     with pytest.raises(RowRefused):
         await record(registry, bad)
