@@ -1,11 +1,13 @@
-"""CPU, memory and load of this host, from psutil."""
+"""CPU, memory and load of this host, from psutil and from the control groups we are in."""
 
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
+from chiffon.probes.cgroup import cpu_quota, memory_limits
 from chiffon.probes.sample import to_gb
 
 SHORTEST_WINDOW_SECONDS = 0.2
@@ -25,9 +27,14 @@ class HostSample:
 
 
 class HostProbe:
-    """Reads the host; CPU use is what happened between two readings of one probe."""
+    """Reads the host; CPU use is what happened between two readings of one probe.
 
-    def __init__(self) -> None:
+    Args:
+        root: Where the control groups are looked up; tests pass a tree.
+    """
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
         self._last: tuple[float, float] | None = None
         self._busy_percent: float | None = None
 
@@ -35,16 +42,29 @@ class HostProbe:
         """Return what is free now. CPU use is since the last call, so unknown at the first."""
         busy = self._cpu_percent()
         load = psutil.getloadavg()
-        memory = psutil.virtual_memory()
+        memory_percent, memory_available_gb = self._memory()
         return HostSample(
             cpu_percent=busy,
             cpu_cores_physical=psutil.cpu_count(logical=False),
-            cpu_cores_available=free_cores(busy, psutil.cpu_count(), usable_cpus()),
+            cpu_cores_available=free_cores(busy, psutil.cpu_count(), usable_cpus(self._root)),
             cpu_load_1min=round(load[0], 2),
             cpu_load_5min=round(load[1], 2),
-            memory_percent=memory.percent,
-            memory_available_gb=to_gb(memory.available),
+            memory_percent=memory_percent,
+            memory_available_gb=memory_available_gb,
         )
+
+    def _memory(self) -> tuple[float, float]:
+        """Return how much memory is used, in per cent, and how much is available, in GiB.
+
+        Available is the least of what the host has left (MemAvailable) and what each group we
+        are in has left; the percentage is of the memory of whichever that is.
+        """
+        host = psutil.virtual_memory()
+        left = [(host.available, host.total)]
+        left += [(one.available, one.limit) for one in memory_limits(host.total, self._root)]
+        available, total = min(left)
+        percent = 100 * (1 - available / total) if total else 100.0
+        return round(min(max(percent, 0.0), 100.0), 1), to_gb(available)
 
     def _cpu_percent(self) -> float | None:
         """Return the busy share of all CPUs since the last reading, 0 to 100.
@@ -68,9 +88,15 @@ class HostProbe:
         return self._busy_percent
 
 
-def usable_cpus() -> float:
-    """Return how many CPUs this process may use: those it is allowed to run on."""
-    return float(len(os.sched_getaffinity(0)))
+def usable_cpus(root: Path = Path("/")) -> float:
+    """Return how many CPUs this process may use, possibly a fraction.
+
+    The least of the CPUs that are online, those it is allowed to run on (affinity), and every
+    quota of the control groups it is in.
+    """
+    allowed = float(len(os.sched_getaffinity(0)))
+    quota = cpu_quota(root)
+    return min(allowed, psutil.cpu_count() or allowed, allowed if quota is None else quota)
 
 
 def free_cores(busy_percent: float | None, online: int | None, usable: float) -> int | None:

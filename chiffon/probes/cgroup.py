@@ -1,0 +1,170 @@
+"""What control groups leave of this host to us: CPUs and memory.
+
+Source: Linux Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst,
+scheduler/sched-bwc.rst (v1 quotas), proc(5) for ``cgroup`` and ``mountinfo``. The own group is
+found by what the kernel says of this process, never by a fixed path: on a host with both versions
+those paths do not exist. Every level from the own group up to the mount's root may limit; the
+smallest counts. Shares and weights are no limits, nor is ``memory.low``.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from chiffon.errors import ProbeError
+from chiffon.probes.sample import number, text
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """One group that limits memory; sizes in bytes.
+
+    ``used`` is the working set: usage less the file cache that the kernel would drop first.
+    """
+
+    limit: int
+    used: int
+
+    @property
+    def available(self) -> int:
+        """What may still be allocated in this group, never below 0."""
+        return max(self.limit - self.used, 0)
+
+
+@dataclass(frozen=True)
+class _Mount:
+    controllers: frozenset[str]
+    """Empty for version 2, which has one tree for all."""
+    root: str
+    point: str
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Return the CPUs that quotas allow us, possibly a fraction; ``None`` if none does.
+
+    Args:
+        root: Where ``/proc`` and the mounted groups are; tests pass a tree.
+    """
+    quotas = [
+        quota
+        for level in _levels(root, "cpu")
+        if (quota := _quota_v2(level) or _quota_v1(level)) is not None
+    ]
+    return min(quotas, default=None)
+
+
+def memory_limits(total_bytes: int, root: Path = Path("/")) -> list[MemoryLimit]:
+    """Return the groups that limit our memory below what the host has; empty if none does.
+
+    Args:
+        total_bytes: Memory of the host; a limit that is not below it is none.
+        root: Where ``/proc`` and the mounted groups are; tests pass a tree.
+    """
+    found = []
+    for level in _levels(root, "memory"):
+        limit = _size(level, "memory.max", "memory.limit_in_bytes")
+        usage = _size(level, "memory.current", "memory.usage_in_bytes")
+        if limit is None or usage is None or limit >= total_bytes:
+            continue
+        found.append(MemoryLimit(limit, max(usage - _inactive_file(level), 0)))
+    return found
+
+
+def _levels(root: Path, controller: str) -> Iterator[Path]:
+    """Yield the folders of our own group and of all above it, in every tree that matters."""
+    paths = _own_paths(root)
+    for mount in _mounts(root):
+        if mount.controllers and controller not in mount.controllers:
+            continue
+        path = paths.get(controller if mount.controllers else "")
+        if path is None:
+            continue
+        top = root / mount.point.lstrip("/")
+        # A container may see only its own part of the tree, under a path the host gave it.
+        inside = path.removeprefix(mount.root) if mount.root != "/" else path
+        own = top / inside.strip("/")
+        if not own.is_dir() or ".." in own.parts:
+            own = top
+        while True:
+            yield own
+            if own == top:
+                break
+            own = own.parent
+
+
+def _own_paths(root: Path) -> dict[str, str]:
+    """Return our path in each tree, by controller; the tree of version 2 is ``""``."""
+    paths: dict[str, str] = {}
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        for controller in controllers.split(","):
+            paths[controller] = path
+    return paths
+
+
+def _mounts(root: Path) -> list[_Mount]:
+    """Return where groups are mounted: ``mountinfo`` of proc(5), fields 4, 5 and after the dash."""
+    mounts = []
+    for line in _lines(root / "proc/self/mountinfo"):
+        before, _, after = line.partition(" - ")
+        fields, kind = before.split(" "), after.split(" ")
+        if len(fields) < 5 or len(kind) < 3 or kind[0] not in {"cgroup", "cgroup2"}:
+            continue
+        is_v1 = kind[0] == "cgroup"
+        controllers = frozenset(kind[2].split(",")) if is_v1 else frozenset[str]()
+        mounts.append(_Mount(controllers, fields[3], fields[4].replace("\\040", " ")))
+    return mounts
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _quota_v2(level: Path) -> float | None:
+    words = (_text(level / "cpu.max") or "").split()
+    if len(words) != 2 or not all(word.isdecimal() for word in words):
+        return None  # "max 100000": no quota
+    quota, period = (int(word) for word in words)
+    return quota / period if quota and period else None
+
+
+def _quota_v1(level: Path) -> float | None:
+    quota = _number(level / "cpu.cfs_quota_us")
+    period = _number(level / "cpu.cfs_period_us")
+    return quota / period if quota and period and quota > 0 and period > 0 else None
+
+
+def _size(level: Path, *names: str) -> int | None:
+    for name in names:
+        size = _number(level / name)  # "max" is no number, and no limit
+        if size is not None:
+            return size
+    return None
+
+
+def _inactive_file(level: Path) -> int:
+    sizes: dict[str, int] = {}
+    for line in _lines(level / "memory.stat"):
+        name, _, size = line.partition(" ")
+        if size.isdecimal():
+            sizes[name] = int(size)
+    # Version 1 counts this group alone, and with its children under another name.
+    return sizes.get("total_inactive_file", sizes.get("inactive_file", 0))
+
+
+def _text(path: Path) -> str | None:
+    # A level that cannot be read does not limit: better the host's number than none.
+    try:
+        return text(path)
+    except ProbeError:
+        return None
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return number(path)
+    except ProbeError:
+        return None
