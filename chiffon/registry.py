@@ -466,5 +466,11 @@ def answering() -> Iterator[None]:
         ValueError,  # what the driver itself cannot encode
     ) as error:
         raise RowRefused(str(error).partition("\n")[0]) from None
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except (
+        OSError,
+        asyncpg.PostgresError,
+        asyncpg.InterfaceError,
+        # The driver's own state, when the server ends a connection as a query begins on it.
+        asyncpg.InternalClientError,
+    ) as error:
         raise RegistryUnavailable(f"the database failed us: {error}") from error
