@@ -198,21 +198,20 @@ MALFORMED: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("malformed", MALFORMED)
-async def test_a_row_with_malformed_metrics_is_skipped_with_a_warning_that_names_it(
+async def test_rows_with_malformed_metrics_are_skipped_with_a_warning_that_names_each(
     service: OrchestratorService,
     database: "asyncpg.Connection[asyncpg.Record]",
     caplog: pytest.LogCaptureFixture,
-    malformed: Any,
 ) -> None:
-    bad = replace(ONLINE, agent_id=uuid4(), metrics=malformed)
-    await write(database, [ONLINE, bad])
+    bad = [replace(ONLINE, agent_id=uuid4(), metrics=metrics) for metrics in MALFORMED]
+    await write(database, [ONLINE, *bad])
 
     found = await service.get_available_capacity(min_gpu_vram_gb=4.0, min_cpu_cores=2)
 
     assert [one["agent_id"] for one in found] == [str(ONLINE.agent_id)]
-    assert f"agent {bad.agent_id} is not offered" in caplog.text
-    assert (await service.show(bad.agent_id)).status == "online"
+    for agent in bad:
+        assert f"agent {agent.agent_id} is not offered" in caplog.text
+        assert (await service.show(agent.agent_id)).status == "online"
 
 
 async def test_a_number_too_large_for_a_float_harms_nobody(
