@@ -10,6 +10,7 @@ import pytest_asyncio
 from chiffon.provisioning import declare
 from chiffon.registry import Registry, asyncpg_url
 from chiffon.session import dial_any
+from tests.fixtures.plain import Queues
 from tests.fixtures.servers import Databases, Management, Servers, running, virtual_host
 
 
@@ -49,6 +50,11 @@ def amqp_url(servers: Servers) -> Iterator[str]:
     """An empty virtual host."""
     with virtual_host(servers) as url:
         yield url
+
+
+@pytest.fixture
+def queues(management: Management, amqp_url: str) -> Queues:
+    return Queues(management, amqp_url)
 
 
 @pytest.fixture

@@ -44,11 +44,6 @@ async def planner(serving: str) -> AsyncIterator[PlannerClient]:
         yield opened
 
 
-@pytest.fixture
-def queues(management: Management, amqp_url: str) -> Queues:
-    return Queues(management, amqp_url)
-
-
 async def record(registry: Registry, *updates: Any) -> None:
     receipts = [Receipt(one, time.monotonic()) for one in updates]
     await registry.record(sorted(receipts, key=lambda one: one.update.agent_id))

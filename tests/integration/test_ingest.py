@@ -42,11 +42,6 @@ async def drained(amqp_url: str) -> None:
     await until(is_empty, "chiffon.ingest empty")
 
 
-@pytest.fixture
-def queues(management: Management, amqp_url: str) -> Queues:
-    return Queues(management, amqp_url)
-
-
 async def test_what_is_not_json_is_set_aside_with_its_reason_and_ingest_goes_on(
     amqp_url: str, database_url: str, registry: Registry, queues: Queues
 ) -> None:
