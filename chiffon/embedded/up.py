@@ -53,9 +53,7 @@ Ready = Callable[[Up], None]
 Result = TypeVar("Result")
 
 
-async def run(
-    settings: Settings, *, progress: Progress, ready: Callable[[Up], None], once: bool
-) -> None:
+async def run(settings: Settings, *, progress: Progress, ready: Ready, once: bool) -> None:
     """Bring everything up, call ``ready``, and keep it up until SIGINT or SIGTERM.
 
     Args:

@@ -154,11 +154,9 @@ async def test_many_questions_at_once_each_get_their_own_answer(
 
 async def test_nobody_listening_is_known_at_once(broker: str) -> None:
     async with PlannerClient.open(broker) as planner:
-        began = time.monotonic()
+        # Had it waited, it would be a CapacityTimeout.
         with pytest.raises(NoResponders, match="is an orchestrator running"):
             await planner.find(timeout=30)
-
-        assert time.monotonic() - began < 15, "it waited for its timeout"
 
 
 async def test_a_broker_that_no_orchestrator_ever_saw_is_said_to_be_that(amqp_url: str) -> None:
