@@ -21,19 +21,12 @@ from typing import Any, Self
 
 from chiffon import __version__, liveness
 from chiffon.bus import Properties, Publisher
+from chiffon.encoding import encode, routing_key
 from chiffon.errors import BusUnavailable, ChiffonError, Unroutable, exit_code
 from chiffon.identity import Identity, claim, fresh, peek
 from chiffon.link import Link
 from chiffon.logs import configure
-from chiffon.messages import (
-    STATUS_UPDATE,
-    AgentStatus,
-    AgentType,
-    ResourceMetrics,
-    StatusUpdate,
-    encode,
-    routing_key,
-)
+from chiffon.messages import STATUS_UPDATE, AgentStatus, AgentType, ResourceMetrics, StatusUpdate
 from chiffon.probes.reader import Reader
 from chiffon.provisioning import await_exchange
 from chiffon.session import Session

@@ -14,6 +14,7 @@ from uuid import UUID
 import asyncpg
 from pydantic import ValidationError
 
+from chiffon.encoding import first_problem
 from chiffon.errors import AgentNotFoundError
 from chiffon.messages import (
     MAX_INTEGER,
@@ -23,7 +24,6 @@ from chiffon.messages import (
     CapacityOffers,
     CapacityQuery,
     Offer,
-    first_problem,
 )
 from chiffon.registry import AgentRow, Registry
 

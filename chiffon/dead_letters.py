@@ -7,8 +7,8 @@ and acknowledge the original after the confirm.
 from aiormq.abc import DeliveredMessage
 
 from chiffon.bus import Properties, Publisher
+from chiffon.encoding import Refusal
 from chiffon.link import Link
-from chiffon.messages import Refusal
 from chiffon.topology import (
     DEAD_LETTER_HEADER,
     DEAD_LETTERS,

@@ -16,15 +16,9 @@ from aiormq.abc import DeliveredMessage
 
 from chiffon.bus import acknowledge, reject
 from chiffon.dead_letters import DeadLetters
+from chiffon.encoding import Refusal, decode_heartbeats, encode
 from chiffon.errors import BadMessage, BusUnavailable, RegistryUnavailable, RowRefused
-from chiffon.messages import (
-    CANARY,
-    STATUS_UPDATE,
-    Refusal,
-    StatusUpdate,
-    decode_heartbeats,
-    encode,
-)
+from chiffon.messages import CANARY, STATUS_UPDATE, StatusUpdate
 from chiffon.registry import Receipt, Registry, Stale
 from chiffon.session import Channel, Session, translated
 from chiffon.topology import INGEST

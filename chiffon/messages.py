@@ -9,10 +9,8 @@ Senders that are not chiffon build these bodies by hand from the JSON Schema tha
 ``chiffon schema jsonschema`` prints; nothing here depends on Python on the other side.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from pydantic import (
@@ -22,12 +20,8 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     model_validator,
 )
-from pydantic_core import from_json
-
-from chiffon.errors import BadMessage
 
 STATUS_UPDATE = "status_update.v1"
 CANARY = "canary.v1"
@@ -37,11 +31,6 @@ CAPACITY_AGENT = "capacity.agent.v1"
 CAPACITY_OFFERS = "capacity.offers.v1"
 ERROR = "error.v1"
 
-KIB = 1024
-MAX_MESSAGE_BYTES = 64 * KIB
-MAX_ARRAY_BYTES = 1024 * KIB
-MAX_ARRAY_HEARTBEATS = 1_000
-MAX_REPLY_BYTES = 1024 * KIB
 MAX_OFFERS = 1_000
 
 MAX_INTEGER = 2**53 - 1
@@ -307,161 +296,7 @@ BODIES: dict[str, type[BaseModel]] = {
 """Every message of the contract by its AMQP ``type``."""
 
 
-# --- Encoding and decoding --------------------------------------------------------------------
-
-Body = TypeVar("Body", bound=BaseModel)
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """A heartbeat that was refused: its own JSON, and why."""
-
-    body: bytes
-    reason: str
-
-
-def encode(message: BaseModel) -> bytes:
-    """Return the body to send: JSON in UTF-8, times as ISO 8601."""
-    return message.model_dump_json().encode()
-
-
-def decode(kind: type[Body], body: bytes, limit: int = MAX_MESSAGE_BYTES) -> Body:
-    """Read one message that is not a heartbeat.
-
-    Args:
-        kind: The message that the AMQP ``type`` names.
-        body: The body as it came.
-        limit: The largest body to look at, in bytes.
-
-    Returns:
-        The message, every field checked.
-
-    Raises:
-        BadMessage: It does not fit; the reason names the field.
-    """
-    return _validate(kind, _parse(body, limit))
-
-
-def decode_heartbeats(
-    body: bytes, routing_key: str
-) -> tuple[list[StatusUpdate], Sequence[Refusal]]:
-    """Read a heartbeat, or a relay's array of them.
-
-    Args:
-        body: The body as it came.
-        routing_key: The key it came with. ``heartbeat.<pool>.<agent_type>.<agent_id>`` must
-            agree with the body; a relay's ``heartbeat.<pool>.relay.<relay_id>`` binds nothing.
-
-    Returns:
-        The heartbeats that fit, and a refusal for each element of an array that does not: a bad
-        element costs only itself. A single heartbeat that fits has no refusals.
-
-    Raises:
-        BadMessage: Nothing of the body can be used.
-    """
-    content = _parse(body, MAX_ARRAY_BYTES)
-    if not isinstance(content, list):
-        if len(body) > MAX_MESSAGE_BYTES:
-            raise BadMessage(_too_large(len(body), MAX_MESSAGE_BYTES))
-        return [_heartbeat(content, routing_key)], ()
-    if len(content) > MAX_ARRAY_HEARTBEATS:
-        raise BadMessage(f"{len(content)} heartbeats in one array; at most {MAX_ARRAY_HEARTBEATS}")
-    good: list[StatusUpdate] = []
-    bad: list[Refusal] = []
-    for position, element in enumerate(content):
-        try:
-            good.append(_heartbeat(element, routing_key))
-        except BadMessage as error:
-            reason = f"element {position} of {len(content)}: {error}"
-            bad.append(Refusal(_reencode(element), reason))
-    return good, bad
-
-
-def routing_key(update: StatusUpdate) -> str:
-    """Return the routing key that belongs to this heartbeat."""
-    return f"heartbeat.{update.pool_name}.{update.agent_type}.{update.agent_id}"
-
-
-def json_schema() -> dict[str, Any]:
-    """Return one JSON Schema (2020-12) document with every message under ``$defs``.
-
-    ``x-amqp-types`` maps each AMQP ``type`` to its definition.
-    """
-    from pydantic.json_schema import models_json_schema
-
-    _, schema = models_json_schema(
-        [(model, "validation") for model in BODIES.values()],
-        title="chiffon wire contract, version 1",
-        description=(__doc__ or "").strip(),
-    )
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **schema,
-        "x-amqp-types": {
-            name: {"$ref": f"#/$defs/{model.__name__}"} for name, model in BODIES.items()
-        },
-    }
-
-
-def _heartbeat(content: Any, key: str) -> StatusUpdate:
-    update = _validate(StatusUpdate, content)
-    words = key.split(".")
-    is_relay = len(words) == 4 and words[2] == "relay"
-    if not is_relay and key.lower() != routing_key(update).lower():
-        raise BadMessage(
-            f"routing key {_short(key)} does not agree with the body, which belongs to "
-            f"{routing_key(update)}"
-        )
-    return update
-
-
-def _parse(body: bytes, limit: int) -> Any:
-    if len(body) > limit:
-        raise BadMessage(_too_large(len(body), limit))
-    try:
-        return from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise BadMessage(f"not JSON: {error}" if body else "not JSON: the body is empty") from None
-
-
-def _validate(kind: type[Body], content: Any) -> Body:
-    if not isinstance(content, dict):
-        raise BadMessage(f"expected a JSON object, got {type(content).__name__}")
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        raise BadMessage(first_problem(error)) from None
-
-
-def first_problem(error: ValidationError) -> str:
-    """Return one line for people: the first field that does not fit, and why.
-
-    The value itself is left out: it may be long, or a secret, or made to confuse a terminal.
-    """
-    problems = error.errors(include_url=False, include_input=False, include_context=False)
-    where = ".".join(_short(str(part)) for part in problems[0]["loc"])
-    what = problems[0]["msg"].removeprefix("Value error, ")
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{where}: {what}{more}" if where else f"{what}{more}"
-
-
 def _at_most(message: BaseModel, available: str, total: str) -> None:
     least, most = getattr(message, available), getattr(message, total)
     if least is not None and most is not None and least > most:
         raise ValueError(f"{available} is more than {total}")
-
-
-def _too_large(size: int, limit: int) -> str:
-    return f"{size} bytes; at most {limit}"
-
-
-def _short(text: str) -> str:
-    """Return at most 64 characters of ``text`` with everything unprintable escaped."""
-    escaped = text.encode("unicode_escape").decode("ascii")
-    return escaped if len(escaped) <= 64 else f"{escaped[:61]}..."
-
-
-def _reencode(element: Any) -> bytes:
-    from pydantic_core import to_json
-
-    return to_json(element, inf_nan_mode="constants")

@@ -21,6 +21,7 @@ from aiormq.abc import DeliveredMessage
 from pydantic import BaseModel
 
 from chiffon.bus import Properties, publish
+from chiffon.encoding import MAX_REPLY_BYTES, decode, encode
 from chiffon.errors import (
     AgentNotFoundError,
     BadMessage,
@@ -38,14 +39,11 @@ from chiffon.messages import (
     CAPACITY_OFFERS,
     CAPACITY_SHOW,
     ERROR,
-    MAX_REPLY_BYTES,
     AgentCapacity,
     CapacityOffers,
     CapacityQuery,
     CapacityShow,
     ErrorReply,
-    decode,
-    encode,
 )
 from chiffon.provisioning import ANSWER_SECONDS, await_exchange
 from chiffon.session import Channel, Session, translated

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from chiffon.bus import Properties, Publisher, acknowledge
 from chiffon.capacity import Capacity
 from chiffon.dead_letters import DeadLetters
+from chiffon.encoding import MAX_REPLY_BYTES, Refusal, decode, encode
 from chiffon.errors import (
     AgentNotFoundError,
     BadMessage,
@@ -32,14 +33,10 @@ from chiffon.messages import (
     CAPACITY_OFFERS,
     CAPACITY_SHOW,
     ERROR,
-    MAX_REPLY_BYTES,
     CapacityQuery,
     CapacityShow,
     ErrorCode,
     ErrorReply,
-    Refusal,
-    decode,
-    encode,
 )
 from chiffon.provisioning import bind, declare_queue
 from chiffon.session import Channel, Session, translated

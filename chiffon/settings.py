@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from chiffon.encoding import first_problem
 from chiffon.errors import BadConfiguration, masked
-from chiffon.messages import AgentType, first_problem
+from chiffon.messages import AgentType
 from chiffon.topology import REPLY_FORMS
 
 log = logging.getLogger(__name__)

@@ -55,7 +55,7 @@ def probe(
     import json
 
     from chiffon.agent import preview
-    from chiffon.messages import encode
+    from chiffon.encoding import encode
     from chiffon.settings import load
 
     settings = load(

@@ -48,7 +48,8 @@ def find(
     """Show which agents can take a job now, best first. Exit code 3 if none can."""
     from pydantic import ValidationError
 
-    from chiffon.messages import CapacityQuery, first_problem
+    from chiffon.encoding import first_problem
+    from chiffon.messages import CapacityQuery
 
     try:
         query = CapacityQuery.model_validate(

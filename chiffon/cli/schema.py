@@ -19,6 +19,6 @@ def jsonschema() -> None:
     """Print the JSON Schema of every message."""
     import json
 
-    from chiffon.messages import json_schema
+    from chiffon.encoding import json_schema
 
     emit(json.dumps(json_schema(), indent=2))

@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from chiffon.messages import encode, routing_key
+from chiffon.encoding import encode, routing_key
 from chiffon.registry import Registry, asyncpg_url
 from tests.fixtures import plain
 from tests.fixtures.heartbeats import update

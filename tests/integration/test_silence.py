@@ -3,7 +3,8 @@
 import asyncpg
 
 from chiffon.agent import BaseAgent
-from chiffon.messages import CapacityQuery, encode, routing_key
+from chiffon.encoding import encode, routing_key
+from chiffon.messages import CapacityQuery
 from chiffon.planner import PlannerClient
 from chiffon.registry import Registry
 from tests.fixtures import plain

@@ -78,7 +78,7 @@ def test_a_mistake_is_one_clear_message_with_its_exit_code_and_no_password(
 
 
 def test_probe_prints_exactly_the_body_that_would_be_sent(tmp_path: Path) -> None:
-    from chiffon.messages import decode_heartbeats
+    from chiffon.encoding import decode_heartbeats
 
     done = chiffon(
         "agent", "probe", "-o", "json", "--pool-name", "lab", CHIFFON_STATE_DIR=str(tmp_path)

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import asyncpg
 
-from chiffon.messages import encode, routing_key
+from chiffon.encoding import encode, routing_key
 from chiffon.registry import Registry
 from tests.fixtures import plain
 from tests.fixtures.heartbeats import update

@@ -10,19 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from chiffon.errors import BadMessage
-from chiffon.messages import (
+from chiffon.encoding import (
     MAX_ARRAY_BYTES,
     MAX_MESSAGE_BYTES,
-    CapacityQuery,
-    ResourceMetrics,
-    StatusUpdate,
     decode,
     decode_heartbeats,
     encode,
     json_schema,
     routing_key,
 )
+from chiffon.errors import BadMessage
+from chiffon.messages import CapacityQuery, ResourceMetrics, StatusUpdate
 from tests.fixtures.heartbeats import update
 
 AGENT = "6e5b0a3e-3c1e-4f0e-9f3a-0c5b1c9d7a11"
