@@ -96,7 +96,7 @@ class OrchestratorService:
         return describe(row)
 
     async def get_agent_capacity(self, agent_id: UUID | str) -> dict[str, Any]:
-        """Return ``show`` as a dict: ``agent_id``, ``status``, ten metrics, ``timestamp``, age.
+        """Return ``show`` as a dict: ``agent_id``, ``status``, the metrics, ``timestamp``, ages.
 
         Raises:
             ValueError: ``agent_id`` is a text that is not a UUID.
@@ -147,12 +147,14 @@ def describe(row: AgentRow) -> AgentCapacity:
         status=row.status,
         timestamp=row.last_heartbeat_at,
         heartbeat_age_seconds=row.age_seconds,
+        gpu_sample_age_seconds=_sample_age(row.resource_metrics),
         **metrics,
     )
 
 
 def _offer(row: asyncpg.Record) -> Offer | None:
-    metrics = _scalars(json.loads(row["resource_metrics"]))
+    written = json.loads(row["resource_metrics"])
+    metrics = _scalars(written)
     received: datetime = row["last_heartbeat_at"]
     try:
         return Offer(
@@ -163,7 +165,9 @@ def _offer(row: asyncpg.Record) -> Offer | None:
             status=row["status"],
             gpu_type=metrics["gpu_type"],
             gpu_vram_available_gb=metrics["gpu_vram_available_gb"],
+            gpu_vram_max_available_gb=metrics["gpu_vram_max_available_gb"],
             gpu_vram_total_gb=metrics["gpu_vram_total_gb"],
+            gpu_sample_age_seconds=_sample_age(written),
             cpu_cores_available=metrics["cpu_cores_available"],
             cpu_load_1min=metrics["cpu_load_1min"],
             memory_available_gb=metrics["memory_available_gb"],
@@ -177,13 +181,25 @@ def _offer(row: asyncpg.Record) -> Offer | None:
 
 
 def _scalars(metrics: Any) -> dict[str, Any]:
-    """Return the ten metrics of a row that anyone may have written.
+    """Return the scalar metrics of a row that anyone may have written.
 
     A key that is not there counts as no free VRAM and one free core, and is otherwise unknown.
+    A row with one GPU or none has its free VRAM on one GPU.
     """
     written = metrics if isinstance(metrics, Mapping) else {}
     missing = {"gpu_vram_available_gb": 0.0, "cpu_cores_available": 1}
+    gpus = written.get("gpus")
+    is_one = not isinstance(gpus, list) or len(gpus) < 2
+    missing["gpu_vram_max_available_gb"] = (
+        written.get("gpu_vram_available_gb", 0.0) if is_one else 0.0
+    )
     return {key: _sound(key, written.get(key, missing.get(key))) for key in SCALAR_METRICS}
+
+
+def _sample_age(metrics: Any) -> float | None:
+    written = metrics if isinstance(metrics, Mapping) else {}
+    age: float | None = _sound("", written.get("gpu_sample_age_seconds"))
+    return None if age is None else max(age, 0.0)
 
 
 def _sound(key: str, value: Any) -> Any:

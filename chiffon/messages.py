@@ -78,6 +78,7 @@ _Line = Annotated[str, Field(pattern=_PRINTED, max_length=512)]
 _Percent = Annotated[float, Field(ge=0, le=100)]
 _Gigabytes = Annotated[float, Field(ge=0, le=_MAX_GB)]
 _Count = Annotated[int, Field(ge=0, le=_MAX_COUNT)]
+_Seconds = Annotated[float, Field(ge=0, le=1e9)]
 _Load = Annotated[float, Field(ge=0, le=_MAX_COUNT)]
 _Vendor = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")]
 _Capabilities = Annotated[
@@ -95,7 +96,11 @@ class _Message(BaseModel):
 
 
 class Gpu(_Message):
-    """One GPU as its driver describes it; ``null`` where the driver does not say."""
+    """One GPU, or one MIG instance of it, as its driver describes it; ``null`` if it does not say.
+
+    ``is_unified``: it has no memory of its own. Its VRAM is the host's memory, so the same GiB
+    stand in ``memory_available_gb`` as well.
+    """
 
     uuid: _Name | None = None
     index: _Count
@@ -103,6 +108,7 @@ class Gpu(_Message):
     vram_total_gb: _Gigabytes | None = None
     vram_available_gb: _Gigabytes | None = None
     utilization_percent: _Percent | None = None
+    is_unified: bool = False
 
     @model_validator(mode="after")
     def _fits(self) -> "Gpu":
@@ -110,12 +116,22 @@ class Gpu(_Message):
         return self
 
 
-class ResourceMetrics(_Message):
-    """What the probes read on one host. The ten scalar fields are the contract.
+class Reserved(_Message):
+    """What the operator keeps for the host's owner; it is not in the available values."""
 
-    A scalar that is left out is unknown, the same as ``null``. ``gpu_type: "none"`` says that
-    the host has no GPU, so both VRAM fields are a known 0. An agent without ``gpus`` counts as
-    one device with the scalar VRAM.
+    cpu_cores: Annotated[float, Field(ge=0, le=_MAX_COUNT)] = 0.0
+    memory_gb: _Gigabytes = 0.0
+    gpu_vram_gb: Annotated[_Gigabytes, Field(description="GiB of each GPU.")] = 0.0
+
+
+class ResourceMetrics(_Message):
+    """What the probes read on one host. The scalar fields are the contract.
+
+    A scalar that is left out is unknown, the same as ``null``, but for
+    ``gpu_vram_max_available_gb``, which then follows from ``gpus``; an agent without ``gpus``
+    counts as one device with the scalar VRAM. ``gpu_type: "none"`` says that the host has no
+    GPU, so all VRAM fields are a known 0. With GPUs of several vendors the scalars speak for the
+    one with most dedicated VRAM.
     """
 
     cpu_percent: _Percent | None = Field(None, description="Busy share of all CPUs, 0 to 100.")
@@ -129,36 +145,60 @@ class ResourceMetrics(_Message):
     memory_available_gb: _Gigabytes | None = Field(None, description="GiB (2^30 bytes).")
     gpu_vram_total_gb: _Gigabytes | None = Field(None, description="GiB over all GPUs.")
     gpu_vram_available_gb: _Gigabytes | None = Field(None, description="GiB over all GPUs.")
+    gpu_vram_max_available_gb: _Gigabytes | None = Field(
+        None, description="GiB, the most that is available on one GPU."
+    )
     gpu_type: _Vendor | None = Field(None, description='"none" where the host has no GPU.')
     gpus: Annotated[list[Gpu], Field(max_length=64)] = Field(default_factory=list)
     probe_errors: Annotated[list[_Line], Field(max_length=64)] = Field(
         default_factory=list, description="Why a value is unknown, one line each."
     )
+    gpu_sample_age_seconds: _Seconds | None = Field(
+        None, description="How old the GPU readings were when this was sent."
+    )
+    overridden: Annotated[list[_Word], Field(max_length=64)] = Field(
+        default_factory=list, description="Fields that the operator set, not the probes."
+    )
+    reserved: Reserved | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _no_gpu_is_a_known_zero(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("gpu_type") == "none":
+    def _complete(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if data.get("gpu_type") == "none":
             known = {key: 0.0 for key in _VRAM if data.get(key) is None}
             return {**data, **known}
+        if "gpu_vram_max_available_gb" not in data:
+            return {**data, "gpu_vram_max_available_gb": _most_on_one_gpu(data)}
         return data
 
     @model_validator(mode="after")
     def _fits(self) -> "ResourceMetrics":
         _at_most(self, "gpu_vram_available_gb", "gpu_vram_total_gb")
-        if self.gpu_type == "none" and (self.gpu_vram_total_gb or self.gpu_vram_available_gb):
+        _at_most(self, "gpu_vram_max_available_gb", "gpu_vram_available_gb")
+        _at_most(self, "gpu_vram_max_available_gb", "gpu_vram_total_gb")
+        if self.gpu_type == "none" and any(getattr(self, key) for key in _VRAM):
             raise ValueError('gpu_type is "none" but there is VRAM')
         if len({gpu.index for gpu in self.gpus}) != len(self.gpus):
             raise ValueError("gpus: two have the same index")
         return self
 
 
-_VRAM = ("gpu_vram_total_gb", "gpu_vram_available_gb")
+_VRAM = ("gpu_vram_total_gb", "gpu_vram_available_gb", "gpu_vram_max_available_gb")
 
-SCALAR_METRICS: tuple[str, ...] = tuple(
-    name for name in ResourceMetrics.model_fields if name not in {"gpus", "probe_errors"}
+SCALAR_METRICS: tuple[str, ...] = (
+    "cpu_percent",
+    "cpu_cores_physical",
+    "cpu_cores_available",
+    "cpu_load_1min",
+    "cpu_load_5min",
+    "memory_percent",
+    "memory_available_gb",
+    *_VRAM,
+    "gpu_type",
 )
-"""The ten metric fields of the contract, in the order in which they are shown."""
+"""The metric fields that every answer repeats, in the order in which they are shown."""
 
 
 class StatusUpdate(_Message):
@@ -210,6 +250,9 @@ class CapacityQuery(_Message):
     """
 
     min_gpu_vram_gb: _Gigabytes = 0.0
+    min_single_gpu_vram_gb: Annotated[
+        _Gigabytes, Field(description="GiB available on one GPU: many small ones do not add up.")
+    ] = 0.0
     min_cpu_cores: _Count = 1
     min_memory_gb: _Gigabytes = 0.0
     agent_type: AgentType | None = "desktop"
@@ -221,7 +264,10 @@ class CapacityQuery(_Message):
 
 
 class Offer(_Message):
-    """An agent that can take what was asked for, as of its last heartbeat."""
+    """An agent that can take what was asked for, as of its last heartbeat.
+
+    ``gpu_sample_age_seconds`` is how old the GPU readings were when that heartbeat was sent.
+    """
 
     agent_id: _Uuid
     agent_type: str
@@ -230,7 +276,9 @@ class Offer(_Message):
     status: str
     gpu_type: str | None
     gpu_vram_available_gb: float | None
+    gpu_vram_max_available_gb: float | None
     gpu_vram_total_gb: float | None
+    gpu_sample_age_seconds: float | None
     cpu_cores_available: int | None
     cpu_load_1min: float | None
     memory_available_gb: float | None
@@ -272,7 +320,9 @@ class AgentCapacity(_Message):
     memory_available_gb: float | None
     gpu_vram_total_gb: float | None
     gpu_vram_available_gb: float | None
+    gpu_vram_max_available_gb: float | None
     gpu_type: str | None
+    gpu_sample_age_seconds: float | None
     timestamp: _Time | None
     heartbeat_age_seconds: Annotated[float, Field(ge=0)] | None
 
@@ -294,6 +344,27 @@ BODIES: dict[str, type[BaseModel]] = {
     ERROR: ErrorReply,
 }
 """Every message of the contract by its AMQP ``type``."""
+
+
+def _most_on_one_gpu(data: dict[str, Any]) -> Any:
+    """Return what an agent that does not say so has available on one GPU; ``None`` if unknown.
+
+    ``data`` has not been checked yet: what does not fit is left for the checks to name.
+    """
+    scalar, gpus = data.get("gpu_vram_available_gb"), data.get("gpus")
+    if not isinstance(gpus, list) or not gpus:
+        return scalar
+    said = [
+        gpu.get("vram_available_gb")
+        if isinstance(gpu, dict)
+        else getattr(gpu, "vram_available_gb", None)
+        for gpu in gpus
+    ]
+    # The scalars may speak for one vendor of several.
+    most = scalar if isinstance(scalar, int | float) else _MAX_GB
+    return max(
+        (free for free in said if isinstance(free, int | float) and 0 <= free <= most), default=None
+    )
 
 
 def _at_most(message: BaseModel, available: str, total: str) -> None:

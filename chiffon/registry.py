@@ -136,6 +136,7 @@ WITH header AS (
      AND r.last_heartbeat_at > statement_timestamp() - r.lease_seconds * interval '1 second'
      AND r.last_heartbeat_at < statement_timestamp() + interval '5 seconds'
      AND r.free_vram_gb >= $1 AND r.free_cores >= $2 AND r.free_memory_gb >= $3
+     AND r.free_single_gpu_vram_gb >= $9
      AND ($4::text IS NULL OR r.agent_type = $4)
      AND ($5::text IS NULL OR r.pool_name = $5)
      AND ($6::text IS NULL OR r.resource_metrics ->> 'gpu_type' = $6)
@@ -346,6 +347,7 @@ class Registry:
             query.gpu_type,
             json.dumps(query.capabilities),
             most,
+            query.min_single_gpu_vram_gb,
         )
         header = rows[0]
         return Found(

@@ -34,10 +34,11 @@ _NUMBERS = (
     "memory_available_gb",
     "gpu_vram_total_gb",
     "gpu_vram_available_gb",
+    "gpu_vram_max_available_gb",
 )
 
 
-def free_sql(key: str, missing: int) -> str:
+def free_sql(key: str, missing: str) -> str:
     """Return the SQL for what a filter counts of one metric.
 
     The number itself; 0 for ``null``; ``missing`` where the key is not there. Bounded, since a
@@ -48,6 +49,18 @@ def free_sql(key: str, missing: int) -> str:
         f" WHEN 'number' THEN"
         f" least(greatest((resource_metrics ->> '{key}')::numeric, -1e15), 1e15)::float8"
         f" WHEN 'null' THEN 0 ELSE {missing} END"
+    )
+
+
+def free_single_gpu_sql() -> str:
+    """Return the SQL for what is free on one GPU; a row with one GPU or none needs no such key."""
+    several = (
+        "CASE WHEN jsonb_typeof(resource_metrics -> 'gpus') = 'array'"
+        " THEN jsonb_array_length(resource_metrics -> 'gpus') > 1 ELSE false END"
+    )
+    only_one = free_sql("gpu_vram_available_gb", missing="0")
+    return free_sql(
+        "gpu_vram_max_available_gb", missing=f"CASE WHEN {several} THEN 0 ELSE {only_one} END"
     )
 
 
@@ -88,8 +101,8 @@ def _document(default: str) -> Column[Any]:
     return Column(JSONB, nullable=False, server_default=text(default))
 
 
-def _free(key: str, missing: int) -> Column[float]:
-    return Column(Float, Computed(free_sql(key, missing), persisted=True))
+def _computed(sql: str) -> Column[float]:
+    return Column(Float, Computed(sql, persisted=True))
 
 
 class AgentRegistry(SQLModel, table=True):
@@ -141,13 +154,16 @@ class AgentRegistry(SQLModel, table=True):
     lease_seconds: float = Field(default=15.0, sa_column=_number("15"))
     drained: bool = Field(default=False, sa_column=_flag("false"))
     free_vram_gb: float | None = Field(
-        default=None, sa_column=_free("gpu_vram_available_gb", missing=0)
+        default=None, sa_column=_computed(free_sql("gpu_vram_available_gb", missing="0"))
+    )
+    free_single_gpu_vram_gb: float | None = Field(
+        default=None, sa_column=_computed(free_single_gpu_sql())
     )
     free_cores: float | None = Field(
-        default=None, sa_column=_free("cpu_cores_available", missing=1)
+        default=None, sa_column=_computed(free_sql("cpu_cores_available", missing="1"))
     )
     free_memory_gb: float | None = Field(
-        default=None, sa_column=_free("memory_available_gb", missing=0)
+        default=None, sa_column=_computed(free_sql("memory_available_gb", missing="0"))
     )
     metrics_sound: bool | None = Field(
         default=None, sa_column=Column(Boolean, Computed(sound_sql(), persisted=True))

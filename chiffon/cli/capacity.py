@@ -33,6 +33,7 @@ TimeoutOption = Annotated[
 @app.command()
 def find(
     min_gpu_vram_gb: Annotated[float, typer.Option(help="Free VRAM, GiB.")] = 0.0,
+    min_single_gpu_vram_gb: Annotated[float, typer.Option(help="Free VRAM on one GPU, GiB.")] = 0.0,
     min_cpu_cores: Annotated[int, typer.Option(help="Free whole cores.")] = 1,
     min_memory_gb: Annotated[float, typer.Option(help="Free memory, GiB.")] = 0.0,
     agent_type: Annotated[str, typer.Option(help="A type, or any.")] = "desktop",
@@ -55,6 +56,7 @@ def find(
         query = CapacityQuery.model_validate(
             {
                 "min_gpu_vram_gb": min_gpu_vram_gb,
+                "min_single_gpu_vram_gb": min_single_gpu_vram_gb,
                 "min_cpu_cores": min_cpu_cores,
                 "min_memory_gb": min_memory_gb,
                 "agent_type": None if agent_type == "any" else agent_type,

@@ -67,6 +67,7 @@ OFFERS = [
     Column("POOL", lambda row: str(row["pool_name"])),
     Column("TYPE", lambda row: str(row["agent_type"])),
     Column("FREE VRAM", lambda row: gigabytes(row["gpu_vram_available_gb"]), is_number=True),
+    Column("ON ONE GPU", lambda row: gigabytes(row["gpu_vram_max_available_gb"]), is_number=True),
     Column("TOTAL VRAM", lambda row: gigabytes(row["gpu_vram_total_gb"]), is_number=True),
     Column("GPU", lambda row: plain(row["gpu_type"])),
     Column("FREE CORES", lambda row: plain(row["cpu_cores_available"]), is_number=True),

@@ -50,6 +50,11 @@ class Agent:
         value = self.metrics.get(key, missing)
         return 0 if value is None else float(value)
 
+    def free_on_one_gpu(self) -> float:
+        is_one = len(self.metrics.get("gpus") or []) < 2
+        missing = self.free("gpu_vram_available_gb", 0) if is_one else 0
+        return self.free("gpu_vram_max_available_gb", missing)
+
 
 def fits(agent: Agent, query: CapacityQuery) -> bool:
     """Say what the query should say, one plain condition after the other."""
@@ -60,6 +65,7 @@ def fits(agent: Agent, query: CapacityQuery) -> bool:
         and agent.age < 15
         and agent.metrics != {}
         and agent.free("gpu_vram_available_gb", 0) >= query.min_gpu_vram_gb
+        and agent.free_on_one_gpu() >= query.min_single_gpu_vram_gb
         and agent.free("cpu_cores_available", 1) >= query.min_cpu_cores
         and agent.free("memory_available_gb", 0) >= query.min_memory_gb
         and query.agent_type in (None, agent.agent_type)
@@ -86,6 +92,8 @@ metrics = st.fixed_dictionaries(
     {},
     optional={
         "gpu_vram_available_gb": sizes | st.none(),
+        "gpu_vram_max_available_gb": sizes | st.none(),
+        "gpus": st.sampled_from([None, [], [{"index": 0}], [{"index": 0}, {"index": 1}]]),
         "cpu_cores_available": st.integers(0, 16) | st.none(),
         "memory_available_gb": sizes | st.none(),
         "gpu_type": st.sampled_from(["nvidia", "amd", "none"]) | st.none(),
@@ -107,6 +115,7 @@ fleets = st.lists(agents, min_size=50, max_size=50, unique_by=lambda agent: agen
 queries = st.builds(
     CapacityQuery,
     min_gpu_vram_gb=st.just(0.0) | sizes,
+    min_single_gpu_vram_gb=st.just(0.0) | st.just(0.0) | sizes,
     min_cpu_cores=st.just(0) | st.integers(0, 12),
     min_memory_gb=st.just(0.0) | sizes,
     agent_type=st.none() | types,
@@ -192,6 +201,7 @@ MALFORMED: list[Any] = [
     {**RESOURCES, "memory_available_gb": [1]},
     {**RESOURCES, "cpu_load_1min": {"a": 1}},
     {**RESOURCES, "gpu_type": 7},
+    {**RESOURCES, "gpu_vram_max_available_gb": "much"},
     [1, 2],
     "text",
     5,
@@ -212,6 +222,28 @@ async def test_rows_with_malformed_metrics_are_skipped_with_a_warning_that_names
     for agent in bad:
         assert f"agent {agent.agent_id} is not offered" in caplog.text
         assert (await service.show(agent.agent_id)).status == "online"
+
+
+async def test_eight_cards_with_little_free_do_not_take_one_large_model(
+    service: OrchestratorService, database: "asyncpg.Connection[asyncpg.Record]"
+) -> None:
+    eight = [{"index": index, "vram_available_gb": 10.0} for index in range(8)]
+    metrics = {
+        **RESOURCES,
+        "gpu_vram_total_gb": 640.0,
+        "gpu_vram_available_gb": 80.0,
+        "gpu_vram_max_available_gb": 10.0,
+        "gpus": eight,
+    }
+    await write(database, [replace(ONLINE, metrics=metrics)])
+
+    together = await service.find(CapacityQuery(min_gpu_vram_gb=40.0))
+    on_one = await service.find(CapacityQuery(min_single_gpu_vram_gb=40.0))
+    small = await service.find(CapacityQuery(min_single_gpu_vram_gb=10.0))
+
+    assert [offer.gpu_vram_max_available_gb for offer in together.agents] == [10.0]
+    assert on_one.agents == []
+    assert len(small.agents) == 1
 
 
 async def test_a_number_too_large_for_a_float_harms_nobody(

@@ -47,7 +47,35 @@ def test_an_agent_that_never_reported_has_zeros_and_no_gpu() -> None:
 
 
 def test_reported_metrics_are_answered_as_they_are() -> None:
-    assert scalars(RESOURCES) == RESOURCES
+    assert scalars(RESOURCES) == {**RESOURCES, "gpu_vram_max_available_gb": 20.5}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "most"),
+    [
+        ({"gpu_vram_available_gb": 8.0}, 8.0),
+        ({"gpu_vram_available_gb": None}, None),
+        ({}, 0.0),
+        ({"gpu_vram_available_gb": 8.0, "gpus": [{}]}, 8.0),
+        ({"gpu_vram_available_gb": 8.0, "gpus": [{}, {}]}, 0.0),
+        ({"gpu_vram_available_gb": 8.0, "gpu_vram_max_available_gb": 5.0, "gpus": [{}, {}]}, 5.0),
+    ],
+)
+def test_a_row_with_one_gpu_or_none_has_its_free_vram_on_one_gpu(
+    metrics: dict[str, Any], most: float | None
+) -> None:
+    answer = scalars({"cpu_percent": 1.0, **metrics})
+
+    assert answer["gpu_vram_max_available_gb"] == most
+
+
+def test_the_age_of_the_gpu_readings_is_told_as_reported() -> None:
+    answers = [
+        describe(row({"gpu_sample_age_seconds": age})).gpu_sample_age_seconds
+        for age in (0.5, None, "old", -3)
+    ]
+
+    assert answers == [0.5, None, None, 0.0]
 
 
 def test_a_missing_key_counts_as_no_vram_and_one_core_and_is_otherwise_unknown() -> None:

@@ -64,6 +64,14 @@ BODY: dict[str, Any] = {
     },
 }
 
+# What is written beyond the example, where the sender did not say it.
+NOT_SAID: dict[str, Any] = {
+    "gpu_vram_max_available_gb": 20.5,
+    "gpu_sample_age_seconds": None,
+    "overridden": [],
+    "reserved": None,
+}
+
 
 def changed(**fields: Any) -> bytes:
     return json.dumps({**BODY, **fields}).encode()
@@ -76,8 +84,48 @@ def resources(**fields: Any) -> bytes:
 def test_the_example_of_the_design_is_read_and_written_unchanged() -> None:
     [read], refused = decode_heartbeats(changed(), KEY)
 
-    assert json.loads(encode(read)) == BODY
+    written = json.loads(encode(read))
+    [gpu] = written["resources"]["gpus"]
+    assert gpu.pop("is_unified") is False
+    assert written == {**BODY, "resources": {**BODY["resources"], **NOT_SAID}}
     assert list(refused) == []
+
+
+def gpu(index: int, free: float | None) -> dict[str, Any]:
+    return {"index": index, "vram_total_gb": 80.0, "vram_available_gb": free}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "scalar", "most"),
+    [
+        (None, 20.5, 20.5),
+        ([], 20.5, 20.5),
+        ([], None, None),
+        ([gpu(0, 10.0), gpu(1, 30.0)], 40.0, 30.0),
+        ([gpu(0, 10.0), gpu(1, None)], None, 10.0),
+        ([gpu(0, None)], None, None),
+        # The scalars speak for one vendor of two.
+        ([gpu(0, 10.0), gpu(1, 30.0)], 10.0, 10.0),
+    ],
+)
+def test_an_agent_that_does_not_say_what_one_gpu_has_free_is_asked_for_its_gpus(
+    gpus: list[dict[str, Any]] | None, scalar: float | None, most: float | None
+) -> None:
+    said: dict[str, Any] = {"gpu_vram_available_gb": scalar, "gpu_type": "nvidia"}
+    if gpus is not None:
+        said["gpus"] = gpus
+
+    [read], _ = decode_heartbeats(changed(resources=said), KEY)
+
+    assert read.resources is not None
+    assert read.resources.gpu_vram_max_available_gb == most
+
+
+def test_an_agent_that_does_not_know_what_one_gpu_has_free_is_believed() -> None:
+    [read], _ = decode_heartbeats(resources(gpu_vram_max_available_gb=None), KEY)
+
+    assert read.resources is not None
+    assert read.resources.gpu_vram_max_available_gb is None
 
 
 def test_a_heartbeat_without_resources_is_taken() -> None:
@@ -150,6 +198,7 @@ def test_unknown_fields_are_ignored() -> None:
         (resources(cpu_cores_available=1.5), "resources.cpu_cores_available"),
         (resources(cpu_cores_available=-1), "resources.cpu_cores_available"),
         (resources(gpu_vram_available_gb=25.0), "gpu_vram_available_gb is more than"),
+        (resources(gpu_vram_max_available_gb=21.0), "gpu_vram_max_available_gb is more than"),
         (resources(gpu_type="none"), "there is VRAM"),
         (resources(gpus=[{"index": 0}, {"index": 0}]), "two have the same index"),
         (resources(gpus=[{"index": i} for i in range(65)]), "resources.gpus"),
@@ -228,6 +277,7 @@ def test_a_query_has_the_defaults_of_the_design() -> None:
 
     assert query.model_dump() == {
         "min_gpu_vram_gb": 0.0,
+        "min_single_gpu_vram_gb": 0.0,
         "min_cpu_cores": 1,
         "min_memory_gb": 0.0,
         "agent_type": "desktop",
