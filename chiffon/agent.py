@@ -15,9 +15,10 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from chiffon import __version__, liveness
 from chiffon.bus import Properties, Publisher
@@ -27,7 +28,9 @@ from chiffon.identity import Identity, claim, fresh, peek
 from chiffon.link import Link
 from chiffon.logs import configure
 from chiffon.messages import STATUS_UPDATE, AgentStatus, AgentType, ResourceMetrics, StatusUpdate
+from chiffon.probes.operator import OperatorWord
 from chiffon.probes.reader import Reader
+from chiffon.probes.sample import Reading
 from chiffon.provisioning import await_exchange
 from chiffon.session import Session
 from chiffon.settings import Settings, describe, load
@@ -41,6 +44,18 @@ JITTER = 0.05
 
 UNROUTABLE_SECONDS = 60.0
 """Between two warnings that no queue takes our heartbeats."""
+
+
+class Resources(Protocol):
+    """What reads the host for an agent: ``Reader``, or something of your own."""
+
+    def read(self) -> ResourceMetrics:
+        """Return what is free now. Called on the event loop: it must not block."""
+        ...
+
+    def close(self) -> None:
+        """Stop reading."""
+        ...
 
 
 class BaseAgent:
@@ -58,7 +73,7 @@ class BaseAgent:
         capabilities: Words that planners may ask for.
         interval_seconds: To the next heartbeat, as promised in each; 0.5 to 600.
         hostname: Shown to people; default ``socket.gethostname()``.
-        resources: Reads the host; default: the real one. Anything with ``read`` and ``close``.
+        resources: Reads the host; it stays the caller's to close. Default: a ``Reader``.
         stop_if_refused: Whether a broker that never let us in and refuses us ends ``run``.
 
     Raises:
@@ -76,7 +91,7 @@ class BaseAgent:
         capabilities: Iterable[str] = (),
         interval_seconds: float = 5.0,
         hostname: str | None = None,
-        resources: Reader | None = None,
+        resources: Resources | None = None,
         stop_if_refused: bool = False,
     ) -> None:
         self.identity = fresh() if identity is None else identity
@@ -104,7 +119,7 @@ class BaseAgent:
 
     async def __aenter__(self) -> Self:
         if self._resources is None:
-            self._resources = await Reader.open()
+            self._resources = await Reader.open(self._interval)
             self._stack.callback(self._resources.close)
         await self._stack.enter_async_context(self._link)
         self._task = asyncio.create_task(self._beat(), name="heartbeats")
@@ -158,7 +173,7 @@ class BaseAgent:
             BusUnavailable: No connection, or no confirm, within 3 s. The connection is dropped
                 and dialled again, unless an alarm of the broker blocks it.
         """
-        update = self.compose(await self._read())
+        update = self.compose(self._read())
         await self._publish(update)
         return update
 
@@ -187,11 +202,11 @@ class BaseAgent:
             raise
         self._due.set()
 
-    async def _read(self) -> ResourceMetrics:
+    def _read(self) -> ResourceMetrics:
         if self._resources is None:
             raise RuntimeError("enter the agent's context first: async with BaseAgent(...)")
         try:
-            return await self._resources.read()
+            return self._resources.read()
         except Exception as error:
             # Whatever a probe runs into, the agent is alive, and says so.
             log.exception("the probes failed")
@@ -266,8 +281,8 @@ async def run(settings: Settings) -> None:
         BadConfiguration: The settings cannot work, or another agent runs on the state folder.
         BusRefused: The broker does not let us in.
     """
-    with claim(settings.state_folder) as who:
-        agent = _agent(settings, who)
+    with claim(settings.state_folder) as who, closing(await _reader(settings)) as reader:
+        agent = _agent(settings, who, reader)
         stopped = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stopped.set)
@@ -288,7 +303,16 @@ async def run(settings: Settings) -> None:
     log.info("agent %s stopped", who.agent_id)
 
 
-async def preview(settings: Settings) -> StatusUpdate:
+@dataclass(frozen=True)
+class Preview:
+    """A heartbeat that was not sent, and where its readings are from."""
+
+    update: StatusUpdate
+    readings: list[Reading]
+    notes: list[str]
+
+
+async def preview(settings: Settings) -> Preview:
     """Return the heartbeat that this host's agent would send, and send nothing.
 
     The agent may be running meanwhile; a host that has none yet gets an id that is not kept.
@@ -296,15 +320,18 @@ async def preview(settings: Settings) -> StatusUpdate:
     Raises:
         BadConfiguration: The settings cannot work, or the kept identity is not readable.
     """
-    agent = _agent(settings, peek(settings.state_folder) or fresh())
-    reader = await Reader.open()
-    try:
-        return agent.compose(await reader.read())
-    finally:
-        reader.close()
+    who = peek(settings.state_folder) or fresh()
+    with closing(await _reader(settings)) as reader:
+        update = _agent(settings, who, reader).compose(reader.read())
+        return Preview(update, reader.readings, reader.notes)
 
 
-def _agent(settings: Settings, who: Identity) -> BaseAgent:
+async def _reader(settings: Settings) -> Reader:
+    said = {field.name: getattr(settings, field.name) for field in fields(OperatorWord)}
+    return await Reader.open(settings.heartbeat_interval_seconds, OperatorWord(**said))
+
+
+def _agent(settings: Settings, who: Identity, reader: Reader) -> BaseAgent:
     return BaseAgent(
         settings.amqp_url.get_secret_value(),
         identity=who,
@@ -312,6 +339,7 @@ def _agent(settings: Settings, who: Identity) -> BaseAgent:
         pool_name=settings.pool_name,
         capabilities=settings.capabilities,
         interval_seconds=settings.heartbeat_interval_seconds,
+        resources=reader,
         stop_if_refused=True,
     )
 

@@ -67,6 +67,18 @@ class Settings(BaseSettings):
     capabilities: Words = Field(default_factory=list, description="Separated by commas.")
     heartbeat_interval_seconds: float = Field(5.0, ge=0.5, le=600, allow_inf_nan=False)
 
+    # What the operator says of the host; the fields of probes.operator.OperatorWord.
+    reserved_cpu_cores: float = Field(0.0, ge=0, le=1e6, allow_inf_nan=False)
+    reserved_memory_gb: float = Field(0.0, ge=0, le=1e6, allow_inf_nan=False)
+    reserved_gpu_vram_gb: float = Field(0.0, ge=0, le=1e6, allow_inf_nan=False)
+    override_cpu_cores: float | None = Field(None, ge=0, le=1e6, allow_inf_nan=False)
+    override_cpu_cores_physical: int | None = Field(None, ge=0, le=1_000_000)
+    override_memory_total_gb: float | None = Field(None, gt=0, le=1e6, allow_inf_nan=False)
+    override_gpu_type: str | None = Field(None, pattern=r"^[a-z0-9_-]{1,32}$")
+    override_gpu_vram_total_gb: float | None = Field(None, ge=0, le=1e6, allow_inf_nan=False)
+    override_gpu_vram_available_gb: float | None = Field(None, ge=0, le=1e6, allow_inf_nan=False)
+    integrated_gpus: bool = False
+
     ingest_batch_size: int = Field(500, ge=1, le=1_000)
     ingest_batch_seconds: float = Field(0.02, ge=0, le=1, allow_inf_nan=False)
     sweep_interval_seconds: float = Field(1.0, ge=0.1, le=60, allow_inf_nan=False)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from chiffon.cli.output import Format, FormatOption, emit, show_one
+from chiffon.cli.output import Format, FormatOption, emit, note, show_many
 
 app = typer.Typer(help="This machine's agent.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -50,11 +50,14 @@ def probe(
     heartbeat_interval_seconds: IntervalOption = None,
     output: FormatOption = None,
 ) -> None:
-    """Print the heartbeat that would be sent, and send nothing."""
+    """Show the heartbeat that would be sent, and where each value is from. Sends nothing.
+
+    -o json is the exact body.
+    """
     import asyncio
-    import json
 
     from chiffon.agent import preview
+    from chiffon.cli.rows import READINGS, heartbeat_rows
     from chiffon.encoding import encode
     from chiffon.settings import load
 
@@ -64,8 +67,12 @@ def probe(
         capabilities=capabilities,
         heartbeat_interval_seconds=heartbeat_interval_seconds,
     )
-    body = encode(asyncio.run(preview(settings))).decode()
+    shown = asyncio.run(preview(settings))
     if output in (Format.json, Format.jsonl):
-        emit(body)
-    else:
-        show_one(json.loads(body), output)
+        emit(encode(shown.update).decode())
+        return
+    show_many(heartbeat_rows(shown, settings.model_fields_set), READINGS, output)
+    for line in shown.update.resources.probe_errors if shown.update.resources else []:
+        note(f"could not be read: {line}")
+    for line in shown.notes:
+        note(line)

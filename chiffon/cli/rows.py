@@ -1,11 +1,14 @@
 """The columns of the tables, and agents and offers as plain data."""
 
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from chiffon.cli.output import Column, Row, age, gigabytes, plain
 
 if TYPE_CHECKING:
+    from chiffon.agent import Preview
+    from chiffon.messages import Gpu
     from chiffon.registry import AgentRow
 
 
@@ -19,6 +22,66 @@ def agent_data(agent: "AgentRow") -> dict[str, Any]:
     data["is_silent"] = agent.age_seconds is None or agent.age_seconds > agent.lease_seconds
     data["resources"] = data.pop("resource_metrics")
     return data
+
+
+def heartbeat_rows(shown: "Preview", settings: Collection[str]) -> list[Row]:
+    """Return a row for each value of a heartbeat: what it is, and where it is from.
+
+    Args:
+        shown: The heartbeat.
+        settings: The names of the settings that somebody set.
+    """
+    update = shown.update
+    rows: list[Row] = [
+        {"name": "agent_id", "value": str(update.agent_id), "source": "agent.json"},
+        {"name": "hostname", "value": update.hostname, "source": "gethostname(2)"},
+    ]
+    for name, setting in _FROM_SETTINGS.items():
+        source = f"CHIFFON_{setting.upper()}" + ("" if setting in settings else ", its default")
+        rows.append({"name": name, "value": getattr(update, name), "source": source})
+    rows += [
+        {
+            "name": reading.name,
+            "value": reading.value,
+            "origin": _origin(reading.value, reading.is_overridden),
+            "source": reading.source if reading.problem is None else reading.problem,
+            "seconds": reading.seconds,
+        }
+        for reading in shown.readings
+    ]
+    resources = update.resources
+    for gpu in resources.gpus if resources else []:
+        rows.append({"name": f"gpus[{gpu.index}]", "value": _gpu(gpu), "source": gpu.uuid or ""})
+    if resources is not None and resources.gpu_sample_age_seconds is not None:
+        age_seconds = f"{resources.gpu_sample_age_seconds:.2f}"
+        rows.append({"name": "gpu_sample_age_seconds", "value": age_seconds, "source": ""})
+    return rows
+
+
+_FROM_SETTINGS = {
+    "agent_type": "agent_type",
+    "pool_name": "pool_name",
+    "capabilities": "capabilities",
+    "interval_seconds": "heartbeat_interval_seconds",
+}
+
+
+def _origin(value: Any, is_overridden: bool) -> str:
+    if value is None:
+        return "unknown"
+    return "overridden" if is_overridden else "detected"
+
+
+def _gpu(gpu: "Gpu") -> str:
+    free, total = _size(gpu.vram_available_gb), _size(gpu.vram_total_gb)
+    use = "?" if gpu.utilization_percent is None else f"{gpu.utilization_percent:.0f}%"
+    unified = ", the host's memory" if gpu.is_unified else ""
+    return f"{gpu.name or '?'}: {free} of {total} free{unified}, {use} busy"
+
+
+def _took(row: Row) -> str:
+    seconds = row.get("seconds")
+    return "" if seconds is None else f"{seconds * 1_000:.1f} ms"
 
 
 def _metric(name: str) -> Any:
@@ -75,4 +138,12 @@ OFFERS = [
     Column("FREE MEMORY", lambda row: gigabytes(row["memory_available_gb"]), is_number=True),
     Column("HEARD", lambda row: age(row["heartbeat_age_seconds"]), is_number=True),
     Column("AGENT", lambda row: str(row["agent_id"])),
+]
+
+READINGS = [
+    Column("FIELD", lambda row: str(row["name"])),
+    Column("VALUE", lambda row: plain(row["value"])),
+    Column("IS", lambda row: str(row.get("origin", ""))),
+    Column("FROM", lambda row: str(row["source"])),
+    Column("TOOK", _took, is_number=True),
 ]

@@ -14,16 +14,37 @@ from pathlib import Path
 from chiffon.errors import ProbeError
 from chiffon.probes.sample import number, text
 
+_MEMORY_FILES = (
+    ("memory.max", "memory.current"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+
+
+@dataclass(frozen=True)
+class CpuQuota:
+    """One group that limits CPU time.
+
+    ``cpus`` may be a fraction. ``used_seconds`` is the CPU time that the group and those below it
+    have used so far, ``None`` where it does not count it (version 1 with ``cpuacct`` elsewhere).
+    ``source`` is the file that says so.
+    """
+
+    cpus: float
+    used_seconds: float | None
+    source: str
+
 
 @dataclass(frozen=True)
 class MemoryLimit:
     """One group that limits memory; sizes in bytes.
 
     ``used`` is the working set: usage less the file cache that the kernel would drop first.
+    ``source`` is the file that says so.
     """
 
     limit: int
     used: int
+    source: str
 
     @property
     def available(self) -> int:
@@ -39,18 +60,17 @@ class _Mount:
     point: str
 
 
-def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Return the CPUs that quotas allow us, possibly a fraction; ``None`` if none does.
+def cpu_quotas(root: Path = Path("/")) -> list[CpuQuota]:
+    """Return the quotas that hold for us, from our own group upwards; empty if none does.
 
     Args:
         root: Where ``/proc`` and the mounted groups are; tests pass a tree.
     """
-    quotas = [
+    return [
         quota
         for level in _levels(root, "cpu")
         if (quota := _quota_v2(level) or _quota_v1(level)) is not None
     ]
-    return min(quotas, default=None)
 
 
 def memory_limits(total_bytes: int, root: Path = Path("/")) -> list[MemoryLimit]:
@@ -62,11 +82,12 @@ def memory_limits(total_bytes: int, root: Path = Path("/")) -> list[MemoryLimit]
     """
     found = []
     for level in _levels(root, "memory"):
-        limit = _size(level, "memory.max", "memory.limit_in_bytes")
-        usage = _size(level, "memory.current", "memory.usage_in_bytes")
-        if limit is None or usage is None or limit >= total_bytes:
-            continue
-        found.append(MemoryLimit(limit, max(usage - _inactive_file(level), 0)))
+        for limit_name, usage_name in _MEMORY_FILES:
+            # "max" is no number, and no limit.
+            limit, usage = _number(level / limit_name), _number(level / usage_name)
+            if limit is not None and usage is not None and limit < total_bytes:
+                used = max(usage - _inactive_file(level), 0)
+                found.append(MemoryLimit(limit, used, str(level / limit_name)))
     return found
 
 
@@ -96,7 +117,8 @@ def _own_paths(root: Path) -> dict[str, str]:
     """Return our path in each tree, by controller; the tree of version 2 is ``""``."""
     paths: dict[str, str] = {}
     for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
         for controller in controllers.split(","):
             paths[controller] = path
     return paths
@@ -118,41 +140,42 @@ def _mounts(root: Path) -> list[_Mount]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text().splitlines()
+        return path.read_text(errors="surrogateescape").splitlines()
     except OSError:
         return []
 
 
-def _quota_v2(level: Path) -> float | None:
+def _quota_v2(level: Path) -> CpuQuota | None:
     words = (_text(level / "cpu.max") or "").split()
     if len(words) != 2 or not all(word.isdecimal() for word in words):
         return None  # "max 100000": no quota
     quota, period = (int(word) for word in words)
-    return quota / period if quota and period else None
+    if not quota or not period:
+        return None
+    used = _statistics(level / "cpu.stat").get("usage_usec")
+    return CpuQuota(quota / period, None if used is None else used / 1e6, str(level / "cpu.max"))
 
 
-def _quota_v1(level: Path) -> float | None:
+def _quota_v1(level: Path) -> CpuQuota | None:
     quota = _number(level / "cpu.cfs_quota_us")
     period = _number(level / "cpu.cfs_period_us")
-    return quota / period if quota and period and quota > 0 and period > 0 else None
-
-
-def _size(level: Path, *names: str) -> int | None:
-    for name in names:
-        size = _number(level / name)  # "max" is no number, and no limit
-        if size is not None:
-            return size
-    return None
+    if not quota or not period or quota < 0 or period < 0:
+        return None  # -1: no quota
+    used = _number(level / "cpuacct.usage")
+    return CpuQuota(
+        quota / period, None if used is None else used / 1e9, str(level / "cpu.cfs_quota_us")
+    )
 
 
 def _inactive_file(level: Path) -> int:
-    sizes: dict[str, int] = {}
-    for line in _lines(level / "memory.stat"):
-        name, _, size = line.partition(" ")
-        if size.isdecimal():
-            sizes[name] = int(size)
+    sizes = _statistics(level / "memory.stat")
     # Version 1 counts this group alone, and with its children under another name.
     return sizes.get("total_inactive_file", sizes.get("inactive_file", 0))
+
+
+def _statistics(path: Path) -> dict[str, int]:
+    pairs = (line.partition(" ") for line in _lines(path))
+    return {name: int(count) for name, _, count in pairs if count.isdecimal()}
 
 
 def _text(path: Path) -> str | None:

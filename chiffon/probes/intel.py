@@ -1,40 +1,45 @@
-"""Intel's discrete GPUs, from sysfs: that they are there, and little else.
+"""Intel's GPUs, from sysfs: that they are there, and sometimes how much memory they have.
 
-How much memory is in use needs CAP_PERFMON (the xe and i915 perf interfaces), so it is unknown to
-an ordinary agent. Integrated GPUs share the host's memory and are left out: they sit at the fixed
-PCI address 00:02.0, and would make every laptop a GPU host.
+How much is in use needs CAP_PERFMON, so it is unknown to an ordinary agent. The total stands in
+``tile*/physical_vram_size_bytes`` of the device (driver xe, where it publishes it: intel-gpu-tools
+reads it there) or in ``lmem_total_bytes`` of the card (Intel's own build of i915); the i915 of
+mainline tells neither. Integrated GPUs share the host's memory; they sit at the fixed PCI address
+00:02.0.
 """
 
 from pathlib import Path
 
-from chiffon.errors import ProbeError
 from chiffon.messages import Gpu
-from chiffon.probes.sample import GpuSample, drm_cards, number, to_gb
+from chiffon.probes.pci import CardProbe, pci_name
+from chiffon.probes.sample import number, to_gb
 
-VENDOR = "intel"
-PCI_VENDOR = 0x8086
 _INTEGRATED = "0000:00:02.0"
 
 
-def read(sysfs: Path = Path("/sys")) -> GpuSample:
-    """Read every discrete Intel GPU under ``sysfs``.
+def probe(root: Path = Path("/"), integrated_gpus: bool = False) -> CardProbe:
+    """Return a probe of every Intel GPU; those of processors count only if ``integrated_gpus``."""
+    return CardProbe(
+        "intel",
+        0x8086,
+        "physical_vram_size_bytes or lmem_total_bytes in /sys/class/drm/card*",
+        is_integrated=_is_integrated,
+        read_card=_read_card,
+        root=root,
+        integrated_gpus=integrated_gpus,
+    )
 
-    Args:
-        sysfs: Mount point of sysfs; tests pass a captured tree.
 
-    Returns:
-        One ``Gpu`` a card, in card order, with free VRAM unknown.
-    """
-    gpus: list[Gpu] = []
-    errors: list[str] = []
-    cards = drm_cards(sysfs, PCI_VENDOR)
-    discrete = [card for card in cards if card.resolve().name != _INTEGRATED]
-    for index, device in enumerate(discrete):
-        try:
-            total = number(device / "lmem_total_bytes")
-        except ProbeError as error:
-            errors.append(f"intel gpu {index}: {error}")
-            continue
-        total_gb = None if total is None else to_gb(total)
-        gpus.append(Gpu(index=index, vram_total_gb=total_gb))
-    return GpuSample(VENDOR, gpus, errors)
+def _read_card(index: int, card: Path, is_integrated: bool) -> Gpu:
+    tiles = sorted((card / "device").glob("tile*/physical_vram_size_bytes"))
+    sizes = [number(path) for path in [*tiles] or [card / "lmem_total_bytes"]]
+    known = [size for size in sizes if size is not None]
+    return Gpu(
+        index=index,
+        name=pci_name(card / "device"),
+        vram_total_gb=to_gb(sum(known)) if known else None,
+        is_unified=is_integrated,
+    )
+
+
+def _is_integrated(device: Path) -> bool:
+    return device.resolve().name == _INTEGRATED

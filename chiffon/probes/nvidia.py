@@ -1,85 +1,209 @@
 """NVIDIA GPUs, from NVML (the driver's own library) by way of nvidia-ml-py.
 
-Source: the NVML API reference. ``nvmlInit`` is done once a process and again after a fork; its
-calls can hang for ever in a wedged driver, so ``reader`` runs them in a thread of their own.
+Source: the NVML API reference, and for GPUs without memory of their own the reports of their
+owners (nvtop 411 and 466, gpud 1170, ollama 12619): the driver answers NotSupported, a total of
+0, or the host's memory, and counts the page cache as used, so MemTotal and MemAvailable stand in.
+
+NVML's ``free`` is without what the driver keeps for itself, in version 1 of its memory call as in
+version 2, so the older call is enough. Calls can hang for ever in a wedged driver: ``sampler``
+runs them in a thread of their own.
 """
 
+import contextlib
 import os
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from chiffon.errors import ProbeError
 from chiffon.messages import Gpu
-from chiffon.probes.sample import GpuSample, pci_displays, printable, to_gb
+from chiffon.probes.pci import Displays
+from chiffon.probes.sample import GpuSample, printable, to_gb
 
 VENDOR = "nvidia"
 PCI_VENDOR = 0x10DE
 
+_NOT_AVAILABLE = 2**64 - 1
+_NEAR = 0.05
+"""How near to MemTotal a total must be to be the host's memory."""
+
+_WHAT_TO_DO = {
+    "NVMLError_LibraryNotFound": "libnvidia-ml.so.1 is missing: install the driver, or pass the"
+    " GPUs into the container",
+    "NVMLError_DriverNotLoaded": "load the kernel module (modprobe nvidia), or see dmesg for why"
+    " it was not",
+    "NVMLError_LibRmVersionMismatch": "the driver was updated while it was loaded: restart the"
+    " agent, then the host if that does not help",
+    "NVMLError_NoPermission": "the agent's user may not open /dev/nvidia*",
+    "NVMLError_GpuIsLost": "it fell off the bus; the host has to be restarted",
+}
+
 
 class NvidiaProbe:
-    """Reads every NVIDIA GPU.
+    """Reads every NVIDIA GPU; of a GPU that is partitioned (MIG) the instances.
 
     Args:
-        sysfs: Mount point of sysfs; it tells a host without a GPU from one with a broken driver.
+        root: Where ``/sys``, ``/proc`` and ``/dev`` are looked up; they tell a host without a GPU
+            from one with a broken driver.
         nvml: The module that speaks to the driver; tests pass their own.
+        machine: The processor's architecture. No x86 host is known whose NVIDIA GPU shares the
+            host's memory, so there a driver that does not tell the memory is a problem.
     """
 
-    def __init__(self, sysfs: Path = Path("/sys"), nvml: Any = None) -> None:
-        self._sysfs = sysfs
+    def __init__(
+        self, root: Path = Path("/"), nvml: Any = None, machine: str = platform.machine()
+    ) -> None:
+        self._root = root
         self._nvml = nvml
+        self._may_be_unified = machine not in {"x86_64", "i686"}
+        self._displays = Displays(root, PCI_VENDOR)
         self._ready_in: int | None = None
+        self._source = ""
 
     def read(self) -> GpuSample:
         """Return every GPU, in NVML's order; an error for each that is there and unreadable."""
+        is_sure = self._has_hardware()
+        if not is_sure and not (self._root / "dev/dxg").exists():  # the GPU of a Windows host
+            return GpuSample(VENDOR)
         try:
             nvml = self._ready()
             count = nvml.nvmlDeviceGetCount()
         except Exception as error:
-            # Whatever the binding raises: a host without the card is no error, one with it is.
-            if not pci_displays(self._sysfs, PCI_VENDOR):
+            # Whatever the binding raises. The next reading starts the library again.
+            self._stop()
+            if not is_sure and _name(error) == "NVMLError_LibraryNotFound":
                 return GpuSample(VENDOR)
-            return GpuSample(VENDOR, errors=[f"nvidia: {error}"])
+            return GpuSample(VENDOR, errors=[_line("nvidia", error)])
         gpus: list[Gpu] = []
         errors: list[str] = []
         for index in range(count):
             try:
-                gpus.append(_read_one(nvml, index))
-            except nvml.NVMLError as error:
-                errors.append(f"nvidia gpu {index}: {error}")
-        return GpuSample(VENDOR, gpus, errors)
+                for handle, is_instance in _devices(nvml, index):
+                    gpus.append(self._gpu(nvml, handle, len(gpus) + len(errors), is_instance))
+            except (nvml.NVMLError, ProbeError) as error:
+                errors.append(_line(f"nvidia gpu {index}", error))
+        return GpuSample(VENDOR, gpus, errors, source=self._source)
+
+    def _has_hardware(self) -> bool:
+        if self._displays.read() or (self._root / "dev/nvidiactl").exists():
+            return True
+        try:  # boards without PCI
+            return b"nvidia,tegra" in (self._root / "proc/device-tree/compatible").read_bytes()
+        except OSError:
+            return False
 
     def _ready(self) -> Any:
         if self._nvml is None:
-            import pynvml
-
-            self._nvml = pynvml
+            self._nvml = _binding()
         if self._ready_in != os.getpid():
+            # Once a process, and again after a fork: the library does not survive it.
             self._nvml.nvmlInit()
             self._ready_in = os.getpid()
+            version = _told(self._nvml, self._nvml.nvmlSystemGetDriverVersion)
+            self._source = f"nvmlDeviceGetMemoryInfo, driver {_as_text(version) or 'unknown'}"
         return self._nvml
 
+    def _stop(self) -> None:
+        if self._ready_in == os.getpid():
+            self._ready_in = None
+            with contextlib.suppress(self._nvml.NVMLError):
+                self._nvml.nvmlShutdown()
 
-def _read_one(nvml: Any, index: int) -> Gpu:
-    handle = nvml.nvmlDeviceGetHandleByIndex(index)
-    memory = _unless_unsupported(nvml, lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
-    use = _unless_unsupported(nvml, lambda: nvml.nvmlDeviceGetUtilizationRates(handle))
-    return Gpu(
-        uuid=_as_text(_unless_unsupported(nvml, lambda: nvml.nvmlDeviceGetUUID(handle))),
-        index=index,
-        name=_as_text(_unless_unsupported(nvml, lambda: nvml.nvmlDeviceGetName(handle))),
-        vram_total_gb=None if memory is None else to_gb(memory.total),
-        vram_available_gb=None if memory is None else to_gb(memory.free),
-        utilization_percent=None if use is None else float(use.gpu),
-    )
+    def _gpu(self, nvml: Any, handle: Any, index: int, is_instance: bool) -> Gpu:
+        total, free, is_unified = self._memory(nvml, handle, is_instance)
+        use = _told(nvml, lambda: nvml.nvmlDeviceGetUtilizationRates(handle))
+        return Gpu(
+            uuid=_as_text(_told(nvml, lambda: nvml.nvmlDeviceGetUUID(handle))),
+            index=index,
+            name=_as_text(_told(nvml, lambda: nvml.nvmlDeviceGetName(handle))),
+            vram_total_gb=None if total is None else to_gb(total),
+            vram_available_gb=None if free is None else to_gb(free),
+            utilization_percent=None if use is None else float(min(use.gpu, 100)),
+            is_unified=is_unified,
+        )
+
+    def _memory(
+        self, nvml: Any, handle: Any, is_instance: bool
+    ) -> tuple[int | None, int | None, bool]:
+        """Return total and free bytes, and whether they are the host's memory."""
+        memory = _told(nvml, lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
+        total = _known(memory.total) if memory is not None else 0
+        host = psutil.virtual_memory()
+        if self._may_be_unified and not is_instance:
+            is_hosts = total is not None and abs(total - host.total) <= _NEAR * host.total
+            if total == 0 or is_hosts:
+                return host.total, host.available, True
+        if total == 0:
+            raise ProbeError("the driver does not tell how much memory it has")
+        free = _known(memory.free)
+        if total is not None and free is not None:
+            free = min(free, total)
+        return total, free, False
 
 
-def _unless_unsupported(nvml: Any, call: Callable[[], Any]) -> Any:
+def _binding() -> Any:
+    """Return NVIDIA's own binding.
+
+    Two older distributions put a module of the same name in its place: ``nvidia-ml-py3`` of 2017
+    and early versions of ``pynvml``.
+
+    Raises:
+        ProbeError: Another module is in its place, or none.
+    """
+    try:
+        import pynvml
+    except Exception as error:  # whatever a module does that is not the one we mean
+        raise ProbeError(f"the module pynvml does not load ({error})") from None
+    if not hasattr(pynvml, "nvmlInitWithFlags"):
+        raise ProbeError(
+            f"the module pynvml at {pynvml.__file__} is not NVIDIA's: uninstall pynvml and"
+            " nvidia-ml-py3, and install nvidia-ml-py again"
+        )
+    return pynvml
+
+
+def _devices(nvml: Any, index: int) -> Iterator[tuple[Any, bool]]:
+    """Yield the GPU, or each of its MIG instances; their indices have holes."""
+    parent = nvml.nvmlDeviceGetHandleByIndex(index)
+    if not (_told(nvml, lambda: nvml.nvmlDeviceGetMigMode(parent)) or (0, 0))[0]:
+        yield parent, False
+        return
+    found = 0
+    for position in range(nvml.nvmlDeviceGetMaxMigDeviceCount(parent)):
+        try:
+            instance = nvml.nvmlDeviceGetMigDeviceHandleByIndex(parent, position)
+        except nvml.NVMLError_NotFound:
+            continue
+        found += 1
+        yield instance, True
+    if not found:
+        raise ProbeError("MIG is on and it has no instances")
+
+
+def _told(nvml: Any, call: Callable[[], Any]) -> Any:
+    """Return what the driver says, ``None`` where it has no answer for this device."""
     try:
         return call()
-    except nvml.NVMLError_NotSupported:
+    except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):
         return None
+
+
+def _known(size: int) -> int | None:
+    return None if size == _NOT_AVAILABLE else size
 
 
 def _as_text(value: str | bytes | None) -> str | None:
     said = value.decode(errors="replace") if isinstance(value, bytes) else value
     return None if said is None else printable(said)
+
+
+def _name(error: Exception) -> str:
+    return type(error).__name__
+
+
+def _line(what: str, error: Exception) -> str:
+    advice = _WHAT_TO_DO.get(_name(error))
+    return f"{what}: {error}" + (f" ({advice})" if advice else "")

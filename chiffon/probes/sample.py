@@ -1,7 +1,10 @@
-"""What a GPU source returns: its cards, and what it could not read."""
+"""What the probes return: readings of the host, and samples of the GPUs of one vendor."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from chiffon.errors import ProbeError
 from chiffon.messages import Gpu
@@ -9,37 +12,66 @@ from chiffon.messages import Gpu
 GIB = 2**30
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One value, and where it is from.
+
+    Args:
+        name: The field of ``ResourceMetrics``.
+        value: ``None`` where it cannot be known.
+        source: The file, the call or the setting that says so.
+        seconds: How long it took to read.
+        is_overridden: Whether the operator said it, not the host.
+        problem: Why it could not be read, one line.
+    """
+
+    name: str
+    value: Any
+    source: str
+    seconds: float
+    is_overridden: bool = False
+    problem: str | None = None
+
+
 @dataclass(frozen=True)
 class GpuSample:
     """The cards of one vendor.
 
     Args:
-        vendor: As ``gpu_type`` names it; ``None`` where not even that is known.
+        vendor: As ``gpu_type`` names it.
         gpus: In the driver's order; empty where there are none, or none could be read.
         errors: One line each for what is present and could not be read.
+        notes: One line each for what is present and left out on purpose.
+        source: The files or the call that the values are from.
     """
 
-    vendor: str | None
+    vendor: str
     gpus: list[Gpu] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    source: str = ""
 
     @property
     def is_present(self) -> bool:
-        """Whether the host has hardware of this vendor, readable or not."""
+        """Whether the host has hardware of this vendor that counts, readable or not."""
         return bool(self.gpus or self.errors)
 
-    @property
-    def total_gb(self) -> float | None:
-        """VRAM over all cards in GiB; unknown as soon as one card's is."""
-        return _sum([gpu.vram_total_gb for gpu in self.gpus], self.errors)
 
-    @property
-    def available_gb(self) -> float | None:
-        """Free VRAM over all cards that could be read, in GiB; unknown where none could."""
-        return _sum([gpu.vram_available_gb for gpu in self.gpus], self.errors)
+def measured(
+    name: str, source: str, read: Callable[[], Any], *, is_overridden: bool = False
+) -> Reading:
+    """Read one value and take the time; what cannot be read is unknown, with the reason."""
+    value, problem = None, None
+    began = time.perf_counter()
+    try:
+        value = read()
+    except Exception as error:
+        # Whatever goes wrong in one probe must not cost the others, or the heartbeat.
+        problem = printable(f"{name}: {error or type(error).__name__}")
+    return Reading(name, value, source, time.perf_counter() - began, is_overridden, problem)
 
 
-def to_gb(size_bytes: int) -> float:
+def to_gb(size_bytes: float) -> float:
     """Return GiB, to the nearest thousandth (about 1 MiB)."""
     return round(size_bytes / GIB, 3)
 
@@ -50,21 +82,21 @@ def printable(said: str, longest: int = 255) -> str:
 
 
 def text(path: Path) -> str | None:
-    """Return what a one-line file says, ``None`` where the driver does not have that file.
+    """Return what a one-line file says, ``None`` where the kernel does not have that file.
 
     Raises:
         ProbeError: It is there and cannot be read.
     """
     try:
         return printable(path.read_text().strip())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise ProbeError(f"{path}: {error}") from None
+        raise ProbeError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def number(path: Path) -> int | None:
-    """Return the number in a one-line file, ``None`` where the driver does not have that file.
+    """Return the number in a one-line file, ``None`` where the kernel does not have that file.
 
     Raises:
         ProbeError: It is there and is not a number.
@@ -76,31 +108,3 @@ def number(path: Path) -> int | None:
         return int(content, 0)
     except ValueError:
         raise ProbeError(f"{path}: {content[:32]!r} is not a number") from None
-
-
-def pci_displays(sysfs: Path, vendor_id: int) -> list[Path]:
-    """Return the display controllers (PCI class 0x03) of one vendor, driver or no driver."""
-    found = []
-    for device in sorted(sysfs.glob("bus/pci/devices/*")):
-        try:
-            is_display = ((number(device / "class") or 0) >> 16) == 0x03
-            if is_display and number(device / "vendor") == vendor_id:
-                found.append(device)
-        except ProbeError:
-            continue
-    return found
-
-
-def drm_cards(sysfs: Path, vendor_id: int) -> list[Path]:
-    """Return the device folders of one vendor's cards: no connectors, no render nodes."""
-    cards = [path for path in sysfs.glob("class/drm/card*") if path.name[4:].isdigit()]
-    cards.sort(key=lambda path: int(path.name[4:]))
-    devices = [card / "device" for card in cards]
-    return [device for device in devices if number(device / "vendor") == vendor_id]
-
-
-def _sum(values: list[float | None], errors: list[str]) -> float | None:
-    known = [value for value in values if value is not None]
-    if len(known) < len(values) or (errors and not known):
-        return None
-    return round(sum(known), 3)

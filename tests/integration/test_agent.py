@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import sys
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -12,11 +15,17 @@ from chiffon.agent import BaseAgent
 from chiffon.errors import BusRefused, Unroutable
 from chiffon.identity import Identity
 from chiffon.messages import ResourceMetrics
+from chiffon.probes.nvidia import NvidiaProbe
+from chiffon.probes.reader import Reader
 from chiffon.provisioning import declare
 from chiffon.session import dial
 from tests.fixtures import plain
+from tests.fixtures.nvml import Card, FakeNvml
 from tests.fixtures.servers import Management, Servers
+from tests.fixtures.trees import plant
 from tests.fixtures.waiting import until
+
+PROJECT = Path(__file__).parents[2]
 
 
 class Inbox:
@@ -198,18 +207,80 @@ async def test_a_broker_that_refuses_from_the_start_ends_an_agent_that_asked_for
 
 async def test_probes_that_fail_do_not_stop_the_heartbeat(broker: str, inbox: Inbox) -> None:
     class Broken:
-        async def read(self) -> ResourceMetrics:
+        def read(self) -> ResourceMetrics:
             raise OSError("the bus is on fire")
 
         def close(self) -> None:
             pass
 
-    broken: Any = Broken()
-    async with BaseAgent(broker, resources=broken):
+    async with BaseAgent(broker, resources=Broken()):
         body = await inbox.body()
 
     assert body["resources"]["probe_errors"] == ["the probes failed: OSError"]
     assert body["resources"]["gpu_vram_available_gb"] is None
+
+
+async def test_a_driver_that_hangs_for_ever_stops_no_heartbeat_and_they_say_how_old_it_is(
+    broker: str, inbox: Inbox, tmp_path: Path
+) -> None:
+    nvml = FakeNvml([Card()])
+    source = NvidiaProbe(plant(tmp_path, "nvidia"), nvml).read
+    try:
+        with closing(await Reader.open(0.5, sources={"nvidia": source})) as reader:
+            async with BaseAgent(broker, interval_seconds=0.5, resources=reader):
+                first = await inbox.body()
+                nvml.hangs.set()
+                ages = [
+                    (await inbox.body())["resources"]["gpu_sample_age_seconds"] for _ in range(5)
+                ]
+    finally:
+        nvml.freed.set()
+
+    assert first["resources"]["gpu_vram_available_gb"] == 20.0
+    assert ages[-1] > ages[1] + 1.0  # three intervals of half a second later
+
+
+HANGING_AGENT = """
+import asyncio, sys
+from pathlib import Path
+from chiffon.agent import BaseAgent
+from chiffon.probes.nvidia import NvidiaProbe
+from chiffon.probes.reader import Reader
+from tests.fixtures.nvml import Card, FakeNvml
+
+async def main():
+    nvml = FakeNvml([Card()])
+    nvml.hangs.set()  # and never freed
+    reader = await Reader.open(sources={"nvidia": NvidiaProbe(Path(sys.argv[2]), nvml).read})
+    async with BaseAgent(sys.argv[1], resources=reader) as agent:
+        await agent.send_heartbeat()
+    reader.close()
+
+asyncio.run(main())
+print("stopped")
+"""
+
+
+async def test_a_driver_that_hangs_for_ever_does_not_keep_an_agent_from_stopping(
+    broker: str, inbox: Inbox, tmp_path: Path
+) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        HANGING_AGENT,
+        broker,
+        str(plant(tmp_path, "nvidia")),
+        cwd=PROJECT,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(30):
+        said, _ = await process.communicate()
+
+    assert (process.returncode, said) == (0, b"stopped\n")
+    spoken = await inbox.body()
+    assert spoken["resources"]["gpu_type"] == "nvidia"
+    assert spoken["resources"]["probe_errors"][0].startswith("nvidia: no answer yet")
+    assert (await inbox.until_status("offline"))["agent_id"] == spoken["agent_id"]
 
 
 async def test_an_agent_that_an_alarm_blocks_keeps_its_connection_and_waits(

@@ -1,5 +1,6 @@
 """The probe inside a real control group, where the machine lets a test make one."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,10 +16,18 @@ V1_CPU, V1_MEMORY = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup/memory")
 V2 = Path("/sys/fs/cgroup")
 
 PROGRAM = """
-import json
-from chiffon.probes.host import HostProbe, usable_cpus
-sample = HostProbe().read()
-print(json.dumps([usable_cpus(), sample.memory_available_gb, sample.memory_percent]))
+import asyncio, json
+from chiffon.probes.cgroup import cpu_quotas
+from chiffon.probes.reader import Reader
+
+async def main():
+    reader = await Reader.open(sources={})
+    resources = reader.read().model_dump()
+    reader.close()
+    quotas = [quota.cpus for quota in cpu_quotas()]
+    print(json.dumps([quotas, resources, {one.name: one.source for one in reader.readings}]))
+
+asyncio.run(main())
 """
 
 
@@ -69,9 +78,9 @@ def test_inside_a_group_its_limits_are_what_the_probe_sees() -> None:
             check=True,
         )
 
-    import json
-
-    usable, available, percent = json.loads(done.stdout)
-    assert usable == 1.5
-    assert 0.5 < available < 1.0
-    assert 0 < percent < 50
+    quotas, resources, sources = json.loads(done.stdout)
+    assert 1.5 in quotas
+    assert resources["cpu_cores_available"] <= 1
+    assert 0.5 < resources["memory_available_gb"] < 1.0
+    assert 0 < resources["memory_percent"] < 50
+    assert "chiffon-test-" in sources["memory_available_gb"]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from chiffon.messages import SCALAR_METRICS
+
 BROKER, DATABASE = "CHIFFON_AMQP_URL", "CHIFFON_DATABASE_URL"
 
 
@@ -92,6 +94,30 @@ def test_probe_prints_exactly_the_body_that_would_be_sent(tmp_path: Path) -> Non
     assert (update.sequence, update.status) == (1, "online")
     assert content["resources"]["memory_available_gb"] > 0
     assert list(tmp_path.iterdir()) == [], "a probe leaves nothing behind"
+
+
+def test_probe_tells_a_person_where_each_value_is_from(tmp_path: Path) -> None:
+    done = chiffon(
+        "agent",
+        "probe",
+        CHIFFON_STATE_DIR=str(tmp_path),
+        CHIFFON_RESERVED_MEMORY_GB="0.5",
+        CHIFFON_OVERRIDE_GPU_TYPE="gaudi",
+        CHIFFON_OVERRIDE_GPU_VRAM_TOTAL_GB="96",
+    )
+
+    assert done.returncode == 0, done.stderr
+    heading, *lines = (line.split("\t") for line in done.stdout.splitlines())
+    assert heading == ["FIELD", "VALUE", "IS", "FROM", "TOOK"]
+    rows = {line[0]: line[1:] for line in lines}
+    assert set(SCALAR_METRICS) <= set(rows)
+    assert rows["cpu_percent"][1] == "detected"
+    assert rows["cpu_percent"][2].startswith("/proc/stat, over ")
+    assert rows["memory_available_gb"][2].endswith("0.5 GiB reserved")
+    assert rows["memory_available_gb"][3].endswith(" ms")
+    assert rows["gpu_vram_total_gb"][:2] == ["96", "overridden"]
+    assert rows["gpu_vram_available_gb"][:2] == ["-", "unknown"]
+    assert rows["pool_name"] == ["default", "", "CHIFFON_POOL_NAME, its default", ""]
 
 
 def test_the_schema_is_printed(tmp_path: Path) -> None:

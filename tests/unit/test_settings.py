@@ -1,11 +1,13 @@
 """Settings: where they come from, and what stops the start."""
 
 import fcntl
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from chiffon.errors import BadConfiguration
+from chiffon.probes.operator import OperatorWord
 from chiffon.settings import Settings, default_state_folder, describe, load
 
 
@@ -38,6 +40,12 @@ def test_words_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
         ("CHIFFON_AGENT_TYPE", "toaster", "CHIFFON_AGENT_TYPE:"),
         ("CHIFFON_HEARTBEAT_INTERVAL_SECONDS", "0", "CHIFFON_HEARTBEAT_INTERVAL_SECONDS:"),
         ("CHIFFON_HEARTBEAT_INTERVAL_SECONDS", "nan", "CHIFFON_HEARTBEAT_INTERVAL_SECONDS:"),
+        ("CHIFFON_RESERVED_MEMORY_GB", "-1", "CHIFFON_RESERVED_MEMORY_GB:"),
+        ("CHIFFON_RESERVED_CPU_CORES", "inf", "CHIFFON_RESERVED_CPU_CORES:"),
+        ("CHIFFON_OVERRIDE_MEMORY_TOTAL_GB", "0", "CHIFFON_OVERRIDE_MEMORY_TOTAL_GB:"),
+        ("CHIFFON_OVERRIDE_GPU_TYPE", "NVIDIA", "CHIFFON_OVERRIDE_GPU_TYPE:"),
+        ("CHIFFON_OVERIDE_GPU_TYPE", "amd", "did you mean CHIFFON_OVERRIDE_GPU_TYPE?"),
+        ("CHIFFON_INTEGRATED_GPUS", "maybe", "CHIFFON_INTEGRATED_GPUS:"),
         ("CHIFFON_REPLY_FORMS", "carrier-pigeon", "CHIFFON_REPLY_FORMS:"),
     ],
 )
@@ -109,3 +117,10 @@ def test_state_is_kept_per_user_and_for_root_in_var(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("os.geteuid", lambda: 0)
     assert default_state_folder() == Path("/var/lib/chiffon")
+
+
+def test_all_that_the_operator_may_say_is_a_setting() -> None:
+    settings = load()
+
+    for field in fields(OperatorWord):
+        assert getattr(settings, field.name) == field.default, field.name

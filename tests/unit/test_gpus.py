@@ -1,0 +1,230 @@
+"""The GPUs of all vendors as the fields of a heartbeat, and what the operator says of them."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chiffon.messages import Gpu, ResourceMetrics
+from chiffon.probes.gpus import GpuReadings, combine
+from chiffon.probes.operator import OperatorWord
+from chiffon.probes.sample import GpuSample
+from chiffon.probes.sampler import Taken
+
+NOTHING = Taken(GpuSample("amd"), 0.5, 0.001)
+
+
+def card(
+    total: float | None, free: float | None, *, index: int = 0, is_unified: bool = False
+) -> Gpu:
+    return Gpu(index=index, vram_total_gb=total, vram_available_gb=free, is_unified=is_unified)
+
+
+def of(vendor: str, *gpus: Gpu, errors: list[str] | None = None) -> Taken:
+    numbered = [gpu.model_copy(update={"index": index}) for index, gpu in enumerate(gpus)]
+    return Taken(GpuSample(vendor, numbered, errors or [], source=f"{vendor}'s files"), 0.5, 0.001)
+
+
+def scalars(readings: GpuReadings) -> tuple[Any, ...]:
+    """Return type, total, available and the most on one GPU; they fit the contract."""
+    values = {one.name: one.value for one in readings.scalars}
+    ResourceMetrics(**values, gpus=readings.gpus, probe_errors=readings.errors)
+    return (
+        values["gpu_type"],
+        values["gpu_vram_total_gb"],
+        values["gpu_vram_available_gb"],
+        values["gpu_vram_max_available_gb"],
+    )
+
+
+def said(**word: Any) -> OperatorWord:
+    return OperatorWord(**word)
+
+
+UNREAD = of("nvidia", errors=["nvidia: Driver Not Loaded"])
+
+COMBINED = {
+    "no GPU at all": ([NOTHING], ("none", 0.0, 0.0, 0.0)),
+    "nobody to ask": ([], ("none", 0.0, 0.0, 0.0)),
+    "one card": ([of("amd", card(16.0, 10.0))], ("amd", 16.0, 10.0, 10.0)),
+    "eight cards": ([of("nvidia", *[card(80.0, 10.0)] * 8)], ("nvidia", 640.0, 80.0, 10.0)),
+    "one of two is unknown": (
+        [of("nvidia", card(24.0, 20.0), card(24.0, None))],
+        ("nvidia", 48.0, None, 20.0),
+    ),
+    "a card that cannot be read leaves its siblings": (
+        [of("nvidia", card(24.0, 20.0), errors=["nvidia gpu 1: GPU is lost"])],
+        ("nvidia", 24.0, 20.0, 20.0),
+    ),
+    "a broken driver is its vendor": ([NOTHING, UNREAD], ("nvidia", None, None, None)),
+    "the vendor with most VRAM speaks": (
+        [of("nvidia", card(24.0, 4.0)), of("amd", card(16.0, 16.0))],
+        ("nvidia", 24.0, 4.0, 4.0),
+    ),
+    "memory of its own counts before the host's": (
+        [of("amd", card(62.0, 50.0, is_unified=True)), of("nvidia", card(8.0, 7.0))],
+        ("nvidia", 8.0, 7.0, 7.0),
+    ),
+    "one that can be read speaks for one that cannot": (
+        [UNREAD, of("amd", card(16.0, 10.0))],
+        ("amd", 16.0, 10.0, 10.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMBINED)
+def test_the_scalars_speak_for_one_vendor(name: str) -> None:
+    taken, expected = COMBINED[name]
+
+    assert scalars(combine(taken, OperatorWord())) == expected
+
+
+def test_all_cards_are_listed_and_numbered_through() -> None:
+    taken = [of("nvidia", card(24.0, 20.0), card(24.0, 4.0)), of("intel", card(8.0, None))]
+
+    readings = combine(taken, OperatorWord())
+
+    assert [(gpu.index, gpu.vram_total_gb) for gpu in readings.gpus] == [
+        (0, 24.0),
+        (1, 24.0),
+        (2, 8.0),
+    ]
+    assert readings.sample_age_seconds == 0.5
+
+
+def test_a_value_that_is_unknown_has_its_reason_and_one_that_is_known_has_its_source() -> None:
+    unknown = combine([UNREAD], OperatorWord()).scalars[1]
+    known = combine([of("amd", card(16.0, 10.0))], OperatorWord()).scalars[1]
+
+    assert (unknown.value, unknown.problem) == (None, "nvidia: Driver Not Loaded")
+    assert (known.source, known.problem, known.is_overridden) == ("amd's files", None, False)
+
+
+ONE = of("nvidia", card(24.0, 20.0))
+TWO = of("nvidia", card(24.0, 20.0), card(24.0, 1.5))
+SAID: dict[str, tuple[list[Taken], dict[str, Any], tuple[Any, ...]]] = {
+    "kept for the owner, of each": (
+        [TWO],
+        {"reserved_gpu_vram_gb": 2.0},
+        ("nvidia", 48.0, 18.0, 18.0),
+    ),
+    "a smaller total, with what is in use": (
+        [ONE],
+        {"override_gpu_vram_total_gb": 16.0},
+        ("nvidia", 16.0, 12.0, 12.0),
+    ),
+    "a total smaller than what is in use": (
+        [ONE],
+        {"override_gpu_vram_total_gb": 3.0},
+        ("nvidia", 3.0, 0.0, 0.0),
+    ),
+    "what is available, whatever runs": (
+        [of("intel", card(None, None))],
+        {"override_gpu_vram_total_gb": 16.0, "override_gpu_vram_available_gb": 12.0},
+        ("intel", 16.0, 12.0, 12.0),
+    ),
+    "what is available is at most the total, and less what is kept": (
+        [ONE],
+        {"override_gpu_vram_available_gb": 99.0, "reserved_gpu_vram_gb": 4.0},
+        ("nvidia", 24.0, 20.0, 20.0),
+    ),
+    "a total alone does not make up what is free": (
+        [of("intel", card(None, None))],
+        {"override_gpu_vram_total_gb": 16.0},
+        ("intel", 16.0, None, None),
+    ),
+    "a broken driver, and what the operator knows": (
+        [UNREAD],
+        {"override_gpu_vram_total_gb": 24.0, "override_gpu_vram_available_gb": 20.0},
+        ("nvidia", 24.0, 20.0, 20.0),
+    ),
+    "another vendor speaks": (
+        [ONE, of("amd", card(16.0, 10.0))],
+        {"override_gpu_type": "amd"},
+        ("amd", 16.0, 10.0, 10.0),
+    ),
+    "a vendor that we cannot read": (
+        [NOTHING],
+        {
+            "override_gpu_type": "gaudi",
+            "override_gpu_vram_total_gb": 96.0,
+            "override_gpu_vram_available_gb": 96.0,
+        },
+        ("gaudi", 96.0, 96.0, 96.0),
+    ),
+    "a vendor, and nothing more": (
+        [NOTHING],
+        {"override_gpu_type": "gaudi"},
+        ("gaudi", None, None, None),
+    ),
+    "no GPU is offered": ([ONE], {"override_gpu_type": "none"}, ("none", 0.0, 0.0, 0.0)),
+    "VRAM of a GPU that is not there": (
+        [NOTHING],
+        {"override_gpu_vram_total_gb": 24.0},
+        ("none", 0.0, 0.0, 0.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_the_operator_is_believed(name: str) -> None:
+    taken, word, expected = SAID[name]
+
+    assert scalars(combine(taken, said(**word))) == expected
+
+
+@pytest.mark.parametrize(
+    ("word", "overridden"),
+    [
+        ({}, []),
+        ({"reserved_gpu_vram_gb": 2.0}, []),
+        ({"override_gpu_type": "nvidia"}, ["gpu_type"]),
+        ({"override_gpu_type": "none"}, ["total", "available", "max_available", "gpu_type"]),
+        ({"override_gpu_vram_total_gb": 8.0}, ["total", "available", "max_available"]),
+        ({"override_gpu_vram_available_gb": 8.0}, ["available", "max_available"]),
+    ],
+)
+def test_what_is_overridden_says_so(word: dict[str, Any], overridden: list[str]) -> None:
+    readings = combine([ONE], said(**word)).scalars
+
+    names = [one.name for one in readings if one.is_overridden]
+    assert [name.removeprefix("gpu_vram_").removesuffix("_gb") for name in names] == overridden
+
+
+def test_no_more_is_listed_than_the_contract_takes() -> None:
+    many = of("nvidia", *[card(1.0, 1.0)] * 70, errors=["lost\n" * 200] * 70)
+
+    readings = combine([many], OperatorWord())
+
+    assert scalars(readings)[1] == 70.0
+    assert (len(readings.gpus), len(readings.errors)) == (64, 64)
+
+
+gigabytes = st.floats(0, 1_000).map(lambda size: round(size, 3))
+cards = st.tuples(gigabytes, gigabytes).map(lambda pair: card(max(pair), min(pair)))
+
+
+@given(
+    gpus=st.lists(cards, min_size=1, max_size=8),
+    total=st.none() | gigabytes,
+    available=st.none() | gigabytes,
+    reserved=gigabytes,
+)
+def test_whatever_the_operator_says_fits_the_contract_and_keeps_what_is_kept(
+    gpus: list[Gpu], total: float | None, available: float | None, reserved: float
+) -> None:
+    word = said(
+        override_gpu_vram_total_gb=total,
+        override_gpu_vram_available_gb=available,
+        reserved_gpu_vram_gb=reserved,
+    )
+
+    readings = combine([of("nvidia", *gpus)], word)
+
+    _, all_total, all_free, most = scalars(readings)
+    assert 0 <= most <= all_free <= all_total
+    for gpu in readings.gpus:
+        assert gpu.vram_total_gb is not None
+        assert gpu.vram_available_gb is not None
+        assert gpu.vram_available_gb <= max(gpu.vram_total_gb - reserved, 0) + 0.001
