@@ -1,0 +1,1 @@
+"""What chiffon costs, each measurement one command; see README.md."""
