@@ -1,11 +1,12 @@
 """What an idle agent costs: CPU and memory of the agent process, on a broker of its own.
 
-    .venv/bin/python -m benchmarks.idle_agent [--seconds 180] [--interval-seconds 5]
+    .venv/bin/python -m benchmarks.idle_agent [--seconds 180] [--python PYTHON]
 
 The aim at an interval of 5 s: below 0.3 % of one core, below 45 MB. Two agents run side by side:
-one as `pip install chiffon` has it, one that finds rich, which structlog then loads. For reference
-stand beside them, from the same run, a Python that only sleeps, and the CPU time of one reading of
-the host.
+one that does not find rich, one that does, which structlog then loads. For reference stand beside
+them, from the same run, a Python that only sleeps, and the CPU time of one reading of the host.
+pydantic looks for plugins in every package that is installed, so measure the install that you
+mean: `--python` names the interpreter of one that has nothing but `pip install chiffon`.
 """
 
 import argparse
@@ -41,13 +42,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--interval-seconds", type=float, default=5.0)
+    parser.add_argument("--python", default=sys.executable)
     given = parser.parse_args()
     configure_for_command()
-    figures = asyncio.run(measure(given.seconds, given.interval_seconds))
+    figures = asyncio.run(measure(given.python, given.seconds, given.interval_seconds))
     print(json.dumps(figures, indent=1))
 
 
-async def measure(seconds: float, interval_seconds: float) -> dict[str, object]:
+async def measure(python: str, seconds: float, interval_seconds: float) -> dict[str, object]:
     """Run the programs for a while and return what each cost."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chiffon-")))
@@ -62,7 +64,7 @@ async def measure(seconds: float, interval_seconds: float) -> dict[str, object]:
         }
         processes = {
             name: await stack.enter_async_context(
-                running(code, {**variables, "CHIFFON_STATE_DIR": str(folder / name)})
+                running(python, code, {**variables, "CHIFFON_STATE_DIR": str(folder / name)})
             )
             for name, code in PROGRAMS.items()
         }
@@ -78,10 +80,12 @@ async def measure(seconds: float, interval_seconds: float) -> dict[str, object]:
 
 
 @asynccontextmanager
-async def running(code: str, variables: dict[str, str]) -> AsyncIterator[psutil.Process]:
+async def running(
+    python: str, code: str, variables: dict[str, str]
+) -> AsyncIterator[psutil.Process]:
     """Run a Python program for as long as the context is open."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", code, env={**os.environ, **variables}
+        python, "-c", code, env={**os.environ, **variables}
     )
     try:
         yield psutil.Process(process.pid)

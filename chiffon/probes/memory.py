@@ -30,15 +30,16 @@ def read(root: Path = Path("/"), word: OperatorWord = NOTHING_SAID) -> list[Read
         overridden = int(word.override_memory_total_gb * GIB)
         available = max(overridden - (total - available), 0)
         total, source = overridden, f"CHIFFON_OVERRIDE_MEMORY_TOTAL_GB, in use by {source}"
-    if word.reserved_memory_gb:
-        source = f"{source}, {word.reserved_memory_gb:g} GiB reserved"
+    kept = f", {word.reserved_memory_gb:g} GiB reserved" if word.reserved_memory_gb else ""
     percent = free_gb = None
     if available is not None:
         percent = round(100 * (1 - available / total), 1) if total else 100.0
         free_gb = max(round(to_gb(available) - word.reserved_memory_gb, 3), 0.0)
     return [
         Reading("memory_percent", percent, source, read.seconds, is_overridden, read.problem),
-        Reading("memory_available_gb", free_gb, source, read.seconds, is_overridden, read.problem),
+        Reading(
+            "memory_available_gb", free_gb, source + kept, read.seconds, is_overridden, read.problem
+        ),
     ]
 
 

@@ -12,7 +12,7 @@ runs them in a thread of their own.
 import contextlib
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +77,21 @@ class NvidiaProbe:
             if not is_sure and _name(error) == "NVMLError_LibraryNotFound":
                 return GpuSample(VENDOR)
             return GpuSample(VENDOR, errors=[_line("nvidia", error)])
-        gpus: list[Gpu] = []
-        errors: list[str] = []
+        sample = GpuSample(VENDOR, source=self._source)
         for index in range(count):
             try:
-                for handle, is_instance in _devices(nvml, index):
-                    gpus.append(self._gpu(nvml, handle, len(gpus) + len(errors), is_instance))
+                devices = _devices(nvml, index)
             except (nvml.NVMLError, ProbeError) as error:
-                errors.append(_line(f"nvidia gpu {index}", error))
-        return GpuSample(VENDOR, gpus, errors, source=self._source)
+                sample.errors.append(_line(f"nvidia gpu {index}", error))
+                continue
+            for name, handle in devices.items():
+                place = len(sample.gpus) + len(sample.errors)
+                try:
+                    sample.gpus.append(self._gpu(nvml, handle, place, is_instance=len(name) > 1))
+                except (nvml.NVMLError, ProbeError) as error:
+                    said = " instance ".join(str(one) for one in name)
+                    sample.errors.append(_line(f"nvidia gpu {said}", error))
+        return sample
 
     def _has_hardware(self) -> bool:
         if self._displays.read() or (self._root / "dev/nvidiactl").exists():
@@ -112,7 +118,7 @@ class NvidiaProbe:
             with contextlib.suppress(self._nvml.NVMLError):
                 self._nvml.nvmlShutdown()
 
-    def _gpu(self, nvml: Any, handle: Any, index: int, is_instance: bool) -> Gpu:
+    def _gpu(self, nvml: Any, handle: Any, index: int, *, is_instance: bool) -> Gpu:
         total, free, is_unified = self._memory(nvml, handle, is_instance)
         use = _told(nvml, lambda: nvml.nvmlDeviceGetUtilizationRates(handle))
         return Gpu(
@@ -165,22 +171,21 @@ def _binding() -> Any:
     return pynvml
 
 
-def _devices(nvml: Any, index: int) -> Iterator[tuple[Any, bool]]:
-    """Yield the GPU, or each of its MIG instances; their indices have holes."""
+def _devices(nvml: Any, index: int) -> dict[tuple[int, ...], Any]:
+    """Return the GPU, or each of its MIG instances; their indices have holes.
+
+    The keys are the index of the GPU, and of the instance within it.
+    """
     parent = nvml.nvmlDeviceGetHandleByIndex(index)
     if not (_told(nvml, lambda: nvml.nvmlDeviceGetMigMode(parent)) or (0, 0))[0]:
-        yield parent, False
-        return
-    found = 0
+        return {(index,): parent}
+    instances: dict[tuple[int, ...], Any] = {}
     for position in range(nvml.nvmlDeviceGetMaxMigDeviceCount(parent)):
-        try:
-            instance = nvml.nvmlDeviceGetMigDeviceHandleByIndex(parent, position)
-        except nvml.NVMLError_NotFound:
-            continue
-        found += 1
-        yield instance, True
-    if not found:
+        with contextlib.suppress(nvml.NVMLError_NotFound):
+            instances[index, position] = nvml.nvmlDeviceGetMigDeviceHandleByIndex(parent, position)
+    if not instances:
         raise ProbeError("MIG is on and it has no instances")
+    return instances
 
 
 def _told(nvml: Any, call: Callable[[], Any]) -> Any:

@@ -82,6 +82,15 @@ SCENARIOS = {
         ],
         [],
     ),
+    "an instance that we may not read leaves its siblings": (
+        [Card(instances=[Card(total=NVMLError_NoPermission()), Card(total=GIB, free=GIB)])],
+        "x86_64",
+        [(1, 1.0, 1.0, 3.0, False)],
+        [
+            "nvidia gpu 0 instance 0: Insufficient Permissions (the agent's user may not open"
+            " /dev/nvidia*)"
+        ],
+    ),
     "MIG without instances": (
         [Card(instances=[None, None])],
         "x86_64",
