@@ -281,12 +281,12 @@ async def run(settings: Settings) -> None:
         BadConfiguration: The settings cannot work, or another agent runs on the state folder.
         BusRefused: The broker does not let us in.
     """
+    stopped = asyncio.Event()
+    # First of all: who has a new incarnation owes a farewell.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     with claim(settings.state_folder) as who, closing(await _reader(settings)) as reader:
-        agent = _agent(settings, who, reader)
-        stopped = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-        async with agent:
+        async with _agent(settings, who, reader) as agent:
             log.info(
                 "agent %s on %s, broker %s",
                 who.agent_id,

@@ -110,7 +110,9 @@ async def test_a_hand_written_heartbeat_is_recorded_and_offered(
             "status",
             "gpu_type",
             "gpu_vram_available_gb",
+            "gpu_vram_max_available_gb",
             "gpu_vram_total_gb",
+            "gpu_sample_age_seconds",
             "cpu_cores_available",
             "cpu_load_1min",
             "memory_available_gb",
@@ -127,8 +129,12 @@ async def test_a_hand_written_heartbeat_is_recorded_and_offered(
             "status",
             "timestamp",
             "heartbeat_age_seconds",
+            "gpu_vram_max_available_gb",
+            "gpu_sample_age_seconds",
             *heartbeat["resources"],  # type: ignore[misc]
         }
+        # Not said by the agent: with one GPU it is what that has free.
+        assert shown["gpu_vram_max_available_gb"] == 20.5
 
         kind, refused = await ask("capacity.show.v1", {"agent_id": str(uuid4())})
         assert (kind, refused["code"]) == ("error.v1", "agent_not_found")
