@@ -95,19 +95,21 @@ class Child:
             end = []
         return "\n".join([f"last lines of {self.log}:", *(f"  {line}" for line in end)])
 
-    async def stop(self, how: signal.Signals, patience_seconds: float) -> None:
-        """Ask it to end, and after ``patience_seconds`` make it."""
-        if not self.is_running:
-            return
+    async def stop(self, how: signal.Signals, patience_seconds: float) -> int:
+        """Ask it to end, and after ``patience_seconds`` make it.
+
+        Returns:
+            Its exit code; negative: the signal that ended it.
+        """
         with suppress(ProcessLookupError):
             self.process.send_signal(how)
         try:
             async with asyncio.timeout(patience_seconds):
-                await self.process.wait()
+                return await self.process.wait()
         except TimeoutError:
             with suppress(ProcessLookupError):
                 self.process.kill()
-            await self.process.wait()
+            return await self.process.wait()
 
 
 def free_port() -> int:

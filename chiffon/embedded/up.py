@@ -87,9 +87,7 @@ async def _serve(
 ) -> None:
     folder = settings.state_folder
     stack.enter_context(_alone(folder))
-    amqp_url, management_url, database_url, servers = await _servers(
-        settings, stack, progress, stop_gently=not once
-    )
+    amqp_url, management_url, database_url, servers = await _servers(settings, stack, progress)
     await migrations.upgrade(database_url)
     urls = {"amqp_url": amqp_url, "database_url": database_url}
     if management_url is not None:
@@ -137,7 +135,7 @@ def _locked(lock: IO[str]) -> bool:
 
 
 async def _servers(
-    settings: Settings, stack: AsyncExitStack, progress: Progress, *, stop_gently: bool
+    settings: Settings, stack: AsyncExitStack, progress: Progress
 ) -> tuple[str, str | None, str, list[Child]]:
     """Start the private servers that the settings do not name."""
     amqp_url = settings.amqp_url.get_secret_value()
@@ -155,9 +153,7 @@ async def _servers(
         children.append(database.child)
     if own_broker:
         progress("starting RabbitMQ")
-        broker = await stack.enter_async_context(
-            rabbitmq.run(settings.state_folder, stop_gently=stop_gently)
-        )
+        broker = await stack.enter_async_context(rabbitmq.run(settings.state_folder))
         amqp_url, management_url = broker.amqp_url, broker.management_url
         children.append(broker.child)
     return amqp_url, management_url, database_url, children

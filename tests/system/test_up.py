@@ -74,28 +74,10 @@ def wait_until_gone(processes: list[psutil.Process], seconds: float = 30.0) -> N
     assert alive == []
 
 
-def test_up_once_shows_this_machine_in_the_fleet_and_in_the_answer(state: Path) -> None:
-    """On private servers, from nothing."""
-    done = chiffon("up", "--once", "-o", "json", state=state)
-
-    assert done.returncode == 0, done.stderr
-    [line] = done.stdout.splitlines()
-    made = json.loads(line)
-    assert set(made) == {"agents", "offers", "urls"}
-    [agent], [offer] = made["agents"], made["offers"]["agents"]
-    assert agent["agent_id"] == offer["agent_id"]
-    assert agent["resources"]["memory_available_gb"] > 0
-    assert all("***" in url for url in made["urls"].values())
-    assert not (state / "up.env").exists()
-    passwords = [path.read_text().strip() for path in state.glob("*/password")]
-    assert len(passwords) == 2
-    written = done.stdout + done.stderr + "".join(path.read_text() for path in state.glob("*.log"))
-    assert not [password for password in passwords if password in written]
-
-
-def test_a_killed_up_takes_its_children_with_it_and_leaves_a_file_that_is_reported(
+def test_a_killed_up_takes_its_children_with_it_and_the_next_one_shows_this_machine(
     state: Path,
 ) -> None:
+    """On private servers, from nothing, and then on what the kill has left."""
     running = Running(state)
     try:
         running.ready()
@@ -120,6 +102,25 @@ def test_a_killed_up_takes_its_children_with_it_and_leaves_a_file_that_is_report
     assert addresses.exists()
     stale = chiffon("fleet", "list", state=state)
     assert "up.env is stale" in stale.stderr
+    shows_this_machine(state)
+
+
+def shows_this_machine(state: Path) -> None:
+    done = chiffon("up", "--once", "-o", "json", state=state)
+
+    assert done.returncode == 0, done.stderr
+    [line] = done.stdout.splitlines()
+    made = json.loads(line)
+    assert set(made) == {"agents", "offers", "urls"}
+    [agent], [offer] = made["agents"], made["offers"]["agents"]
+    assert agent["agent_id"] == offer["agent_id"]
+    assert agent["resources"]["memory_available_gb"] > 0
+    assert all("***" in url for url in made["urls"].values())
+    assert not (state / "up.env").exists()
+    passwords = [path.read_text().strip() for path in state.glob("*/password")]
+    assert len(passwords) == 2
+    written = done.stdout + done.stderr + "".join(path.read_text() for path in state.glob("*.log"))
+    assert not [password for password in passwords if password in written]
 
 
 def test_up_uses_given_servers_restarts_what_ends_and_ends_in_order(
