@@ -4,9 +4,9 @@
 
 The aim at an interval of 5 s: below 0.3 % of one core, below 45 MB. Two agents run side by side:
 one that does not find rich, one that does, which structlog then loads. For reference stand beside
-them, from the same run, a Python that only sleeps, and the CPU time of one reading of the host.
-pydantic looks for plugins in every package that is installed, so measure the install that you
-mean: `--python` names the interpreter of one that has nothing but `pip install chiffon`.
+them, from the same run, a Python that only sleeps, and the CPU time of one reading of CPU and
+memory. pydantic looks for plugins in every package that is installed, so measure the install that
+you mean: `--python` names the interpreter of one that has nothing but `pip install chiffon`.
 """
 
 import argparse
@@ -110,7 +110,7 @@ async def observe(process: psutil.Process, seconds: float) -> dict[str, float]:
 
 
 async def one_reading(count: int = 200) -> float:
-    """Return the CPU seconds of one reading of the host, as each heartbeat does it."""
+    """Return the CPU seconds of one reading of CPU and memory, as each heartbeat does it."""
     with closing(await Reader.open()) as reader:
         began = time.process_time()
         for _ in range(count):

@@ -305,9 +305,13 @@ async def run(settings: Settings) -> None:
 
 @dataclass(frozen=True)
 class Preview:
-    """A heartbeat that was not sent, and where its readings are from."""
+    """A heartbeat that was not sent, and where its readings are from.
+
+    ``is_kept``: its agent id is that of this host's agent, and not made up for this once.
+    """
 
     update: StatusUpdate
+    is_kept: bool
     readings: list[Reading]
     notes: list[str]
 
@@ -320,10 +324,10 @@ async def preview(settings: Settings) -> Preview:
     Raises:
         BadConfiguration: The settings cannot work, or the kept identity is not readable.
     """
-    who = peek(settings.state_folder) or fresh()
+    kept = peek(settings.state_folder)
     with closing(await _reader(settings)) as reader:
-        update = _agent(settings, who, reader).compose(reader.read())
-        return Preview(update, reader.readings, reader.notes)
+        update = _agent(settings, kept or fresh(), reader).compose(reader.read())
+        return Preview(update, kept is not None, reader.readings, reader.notes)
 
 
 async def _reader(settings: Settings) -> Reader:

@@ -276,9 +276,9 @@ class Offer(_Message):
     status: str
     gpu_type: str | None
     gpu_vram_available_gb: float | None
-    gpu_vram_max_available_gb: float | None
+    gpu_vram_max_available_gb: float | None = None
     gpu_vram_total_gb: float | None
-    gpu_sample_age_seconds: float | None
+    gpu_sample_age_seconds: float | None = None
     cpu_cores_available: int | None
     cpu_load_1min: float | None
     memory_available_gb: float | None
@@ -320,9 +320,9 @@ class AgentCapacity(_Message):
     memory_available_gb: float | None
     gpu_vram_total_gb: float | None
     gpu_vram_available_gb: float | None
-    gpu_vram_max_available_gb: float | None
+    gpu_vram_max_available_gb: float | None = None
     gpu_type: str | None
-    gpu_sample_age_seconds: float | None
+    gpu_sample_age_seconds: float | None = None
     timestamp: _Time | None
     heartbeat_age_seconds: Annotated[float, Field(ge=0)] | None
 
@@ -352,7 +352,7 @@ def _most_on_one_gpu(data: dict[str, Any]) -> Any:
     ``data`` has not been checked yet: what does not fit is left for the checks to name.
     """
     scalar, gpus = data.get("gpu_vram_available_gb"), data.get("gpus")
-    if not isinstance(gpus, list) or not gpus:
+    if not isinstance(gpus, list) or len(gpus) < 2 or not isinstance(scalar, int | float):
         return scalar
     said = [
         gpu.get("vram_available_gb")
@@ -360,11 +360,9 @@ def _most_on_one_gpu(data: dict[str, Any]) -> Any:
         else getattr(gpu, "vram_available_gb", None)
         for gpu in gpus
     ]
-    # The scalars may speak for one vendor of several.
-    most = scalar if isinstance(scalar, int | float) else _MAX_GB
-    return max(
-        (free for free in said if isinstance(free, int | float) and 0 <= free <= most), default=None
-    )
+    # A card with more than the scalar is another vendor's, unless it is a matter of rounding.
+    own = [one for one in said if isinstance(one, int | float) and 0 <= one <= scalar + 0.1]
+    return min(max(own), scalar) if own else None
 
 
 def _at_most(message: BaseModel, available: str, total: str) -> None:

@@ -61,17 +61,19 @@ def probe(
     from chiffon.encoding import encode
     from chiffon.settings import load
 
-    settings = load(
-        pool_name=pool_name,
-        agent_type=agent_type,
-        capabilities=capabilities,
-        heartbeat_interval_seconds=heartbeat_interval_seconds,
-    )
+    options = {
+        "pool_name": pool_name,
+        "agent_type": agent_type,
+        "capabilities": capabilities,
+        "heartbeat_interval_seconds": heartbeat_interval_seconds,
+    }
+    given = {name for name, value in options.items() if value is not None}
+    settings = load(**options)
     shown = asyncio.run(preview(settings))
     if output in (Format.json, Format.jsonl):
         emit(encode(shown.update).decode())
         return
-    show_many(heartbeat_rows(shown, settings.model_fields_set), READINGS, output)
+    show_many(heartbeat_rows(shown, settings.model_fields_set, given), READINGS, output)
     for line in shown.update.resources.probe_errors if shown.update.resources else []:
         note(f"could not be read: {line}")
     for line in shown.notes:

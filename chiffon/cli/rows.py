@@ -24,20 +24,26 @@ def agent_data(agent: "AgentRow") -> dict[str, Any]:
     return data
 
 
-def heartbeat_rows(shown: "Preview", settings: Collection[str]) -> list[Row]:
+def heartbeat_rows(
+    shown: "Preview", settings: Collection[str], options: Collection[str]
+) -> list[Row]:
     """Return a row for each value of a heartbeat: what it is, and where it is from.
 
     Args:
         shown: The heartbeat.
         settings: The names of the settings that somebody set.
+        options: Those of them that are from the command line.
     """
     update = shown.update
+    kept = "agent.json" if shown.is_kept else "new, and not kept: no agent has run here"
     rows: list[Row] = [
-        {"name": "agent_id", "value": str(update.agent_id), "source": "agent.json"},
+        {"name": "agent_id", "value": str(update.agent_id), "source": kept},
         {"name": "hostname", "value": update.hostname, "source": "gethostname(2)"},
     ]
     for name, setting in _FROM_SETTINGS.items():
         source = f"CHIFFON_{setting.upper()}" + ("" if setting in settings else ", its default")
+        if setting in options:
+            source = f"--{setting.replace('_', '-')}"
         rows.append({"name": name, "value": getattr(update, name), "source": source})
     rows += [
         {

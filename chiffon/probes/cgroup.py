@@ -93,17 +93,22 @@ def memory_limits(total_bytes: int, root: Path = Path("/")) -> list[MemoryLimit]
 
 def _levels(root: Path, controller: str) -> Iterator[Path]:
     """Yield the folders of our own group and of all above it, in every tree that matters."""
-    paths = _own_paths(root)
-    for mount in _mounts(root):
-        if mount.controllers and controller not in mount.controllers:
-            continue
-        path = paths.get(controller if mount.controllers else "")
-        if path is None:
-            continue
+    paths, mounts = _own_paths(root), _mounts(root)
+    for path, tree in (
+        (paths.get(controller), [mount for mount in mounts if controller in mount.controllers]),
+        (paths.get(""), [mount for mount in mounts if not mount.controllers]),
+    ):
+        if path is not None:
+            yield from _up_from(path, tree, root)
+
+
+def _up_from(path: str, mounts: list[_Mount], root: Path) -> Iterator[Path]:
+    # Another's part of the tree may be mounted somewhere as well; ours is where our path leads.
+    # A container may see no more than its own part, under a path that the host gave it.
+    ours = [mount for mount in mounts if f"{path}/".startswith(f"{mount.root.rstrip('/')}/")]
+    for mount in ours or mounts:
         top = root / mount.point.lstrip("/")
-        # A container may see only its own part of the tree, under a path the host gave it.
-        inside = path.removeprefix(mount.root) if mount.root != "/" else path
-        own = top / inside.strip("/")
+        own = top / path.removeprefix(mount.root).strip("/")
         if not own.is_dir() or ".." in own.parts:
             own = top
         while True:

@@ -67,11 +67,14 @@ class CpuProbe:
 
     def read(self) -> list[Reading]:
         """Return the CPU fields. Use is since the last call, so it is unknown at the first."""
-        quotas = measured("quotas", "", lambda: cpu_quotas(self._root)).value or []
+        groups = measured("cpu_cores_available", "", lambda: cpu_quotas(self._root))
+        quotas = groups.value or []
         percent = measured("cpu_percent", "", lambda: self._percent(quotas))
         window = f", over {self._busy.seconds:.1f} s" if self._busy else ""
         bounds = measured("cpu_cores_available", "", lambda: self._tightest(quotas))
         free, said = bounds.value or (None, "")
+        if groups.problem is not None:
+            free = None
         loads = measured("cpu_load", "", psutil.getloadavg)
         load_1min, load_5min, _ = loads.value or (None, None, None)
         return [
@@ -81,13 +84,18 @@ class CpuProbe:
                 "cpu_cores_available",
                 free,
                 said,
-                bounds.seconds,
+                groups.seconds + bounds.seconds,
                 is_overridden=self._word.override_cpu_cores is not None,
-                problem=bounds.problem,
+                problem=groups.problem or bounds.problem,
             ),
             _named(loads, "cpu_load_1min", _rounded(load_1min), "getloadavg(3)"),
             _named(loads, "cpu_load_5min", _rounded(load_5min), "getloadavg(3)"),
         ]
+
+    def forget(self, older_than_seconds: float) -> None:
+        """Begin the window of the next reading anew if the last reading is that old."""
+        if self._last is not None and time.monotonic() - self._last.at > older_than_seconds:
+            self._last = measured("cpu_percent", "", lambda: _look([])).value
 
     def _read_physical(self) -> Reading:
         if self._word.override_cpu_cores_physical is not None:
@@ -112,13 +120,14 @@ class CpuProbe:
         Of two readings within 0.2 s the first stands: the kernel counts in hundredths of a
         second, and between two looks a busy host may seem idle.
         """
-        last, now = self._last, _look(quotas)
-        if last is None:
+        last, busy = self._last, self._busy
+        self._last = self._busy = None  # what cannot be read is not known from before either
+        now = _look(quotas)
+        if last is not None and now.at - last.at < SHORTEST_WINDOW_SECONDS:
+            self._last, self._busy = last, busy
+        else:
             self._last = now
-            return None
-        online = psutil.cpu_count() or 1
-        if now.host[0] - last.host[0] >= SHORTEST_WINDOW_SECONDS * online:
-            self._last, self._busy = now, _between(last, now)
+            self._busy = None if last is None else _between(last, now)
         return None if self._busy is None else self._busy.host_percent
 
     def _tightest(self, quotas: list[CpuQuota]) -> tuple[int | None, str]:
@@ -151,9 +160,11 @@ class CpuProbe:
 def _look(quotas: list[CpuQuota]) -> _Counters:
     allowed = _affinity()
     pinned = None
-    if allowed is not None and len(allowed) < (psutil.cpu_count() or 0):
+    online = psutil.cpu_count() or 0
+    if allowed is not None and len(allowed) < online:
         each = psutil.cpu_times(percpu=True)
-        if max(allowed) < len(each):  # else CPUs are offline, and the list is not by number
+        # With CPUs offline the list is not by number.
+        if len(each) == online == os.sysconf("SC_NPROCESSORS_CONF"):
             sums = [_total_and_idle(each[cpu]) for cpu in allowed]
             pinned = (sum(one[0] for one in sums), sum(one[1] for one in sums))
     return _Counters(

@@ -28,11 +28,18 @@ class GpuReadings:
     sample_age_seconds: float | None
 
 
-def combine(taken: Sequence[Taken], word: OperatorWord) -> GpuReadings:
+def combine(
+    taken: Sequence[Taken], word: OperatorWord, memory_available_gb: float | None
+) -> GpuReadings:
     """Return the GPU fields of the newest samples of all vendors.
 
     VRAM is unknown as soon as that of one card is; a card that cannot be read at all is left out
     of the sum, since nothing can run on it. Without any GPU all is a known zero.
+
+    Args:
+        taken: A sample of each vendor.
+        word: What the operator says; overridden VRAM is that of the vendor that is spoken for.
+        memory_available_gb: What the host has left; unified memory has no more than that.
     """
     vendor = word.override_gpu_type
     if vendor == "none":
@@ -43,48 +50,77 @@ def combine(taken: Sequence[Taken], word: OperatorWord) -> GpuReadings:
         present.append(Taken(GpuSample(vendor, source="CHIFFON_OVERRIDE_GPU_TYPE"), None, None))
     if not present:
         took = max((one.took_seconds or 0.0 for one in taken), default=0.0)
-        return GpuReadings(_no_gpu("no GPU is on the PCI bus", False, took), [], [], notes, None)
-    cards = [_cards(one.sample, word) for one in present]
-    first = max(
-        range(len(present)), key=lambda at: _weight(present[at].sample.vendor, cards[at], vendor)
-    )
-    age = present[first].age_seconds
+        return GpuReadings(_no_gpu("no GPU that counts", False, took), [], [], notes, None)
+    first = max(present, key=lambda one: _weight(one.sample, vendor))
+    may_stand_in = len(present) == 1 or vendor is not None
+    cards = {
+        one.sample.vendor: [
+            _less_reserved(gpu, word, memory_available_gb)
+            for gpu in (
+                _as_said(one.sample, word, may_stand_in) if one is first else one.sample.gpus
+            )
+        ]
+        for one in present
+    }
+    errors = [
+        line
+        for one in present
+        for line in one.sample.errors or _unknown(one.sample.vendor, cards[one.sample.vendor])
+    ]
+    age = first.age_seconds
     return GpuReadings(
-        _scalars(present[first], cards[first], word),
-        _numbered(cards)[:MOST],
-        [printable(line, 512) for one in present for line in one.sample.errors][:MOST],
+        _scalars(first, cards[first.sample.vendor], word),
+        _numbered(list(cards.values()))[:MOST],
+        [printable(line, 512) for line in errors][:MOST],
         notes,
         None if age is None else round(age, 3),
     )
 
 
-def _cards(sample: GpuSample, word: OperatorWord) -> list[Gpu]:
-    """Return the cards as the operator has them.
-
-    Where none can be read but the operator says how much VRAM there is, there is one.
-    """
-    is_said = (word.override_gpu_vram_total_gb, word.override_gpu_vram_available_gb) != (None, None)
-    gpus = sample.gpus or ([Gpu(index=0)] if is_said else [])
-    return [_as_said(gpu, word) for gpu in gpus]
+def _weight(sample: GpuSample, wanted: str | None) -> tuple[bool, float, float, bool]:
+    own = sum(gpu.vram_total_gb or 0.0 for gpu in sample.gpus if not gpu.is_unified)
+    shared = sum(gpu.vram_total_gb or 0.0 for gpu in sample.gpus if gpu.is_unified)
+    return sample.vendor == wanted, own, shared, bool(sample.gpus)
 
 
-def _as_said(gpu: Gpu, word: OperatorWord) -> Gpu:
-    total, free = gpu.vram_total_gb, gpu.vram_available_gb
-    if word.override_gpu_vram_total_gb is not None:
-        used = None if total is None or free is None else total - free
-        total = word.override_gpu_vram_total_gb
-        free = None if used is None else total - used
-    if word.override_gpu_vram_available_gb is not None:
-        free = word.override_gpu_vram_available_gb
-        free = free if total is None else min(free, total)
-    if free is not None:
-        free = round(max(free - word.reserved_gpu_vram_gb, 0.0), 3)
-    return gpu.model_copy(update={"vram_total_gb": total, "vram_available_gb": free})
+def _as_said(sample: GpuSample, word: OperatorWord, may_stand_in: bool) -> list[Gpu]:
+    """Return the cards with the operator's VRAM; one, if none can be read but all is said."""
+    total_said, free_said = word.override_gpu_vram_total_gb, word.override_gpu_vram_available_gb
+    is_said = (total_said, free_said) != (None, None)
+    said = []
+    for gpu in sample.gpus or ([Gpu(index=0)] if is_said and may_stand_in else []):
+        total, free = gpu.vram_total_gb, gpu.vram_available_gb
+        if total_said is not None:
+            free = None if total is None or free is None else total_said - (total - free)
+            total = round(total_said, 3)
+        if free_said is not None:
+            free = free_said
+        said.append(gpu.model_copy(update={"vram_total_gb": total, "vram_available_gb": free}))
+    return said
 
 
-def _weight(vendor: str, gpus: Sequence[Gpu], wanted: str | None) -> tuple[bool, float, float]:
-    own = sum(gpu.vram_total_gb or 0.0 for gpu in gpus if not gpu.is_unified)
-    return vendor == wanted, own, sum(gpu.vram_total_gb or 0.0 for gpu in gpus)
+def _less_reserved(gpu: Gpu, word: OperatorWord, memory_available_gb: float | None) -> Gpu:
+    free = gpu.vram_available_gb
+    if free is None:
+        return gpu
+    bounds = [free - word.reserved_gpu_vram_gb]
+    if gpu.vram_total_gb is not None:
+        bounds.append(gpu.vram_total_gb - word.reserved_gpu_vram_gb)
+    if gpu.is_unified and memory_available_gb is not None:
+        bounds.append(memory_available_gb)
+    return gpu.model_copy(update={"vram_available_gb": max(round(min(bounds), 3), 0.0)})
+
+
+def _unknown(vendor: str, gpus: Sequence[Gpu]) -> list[str]:
+    """Return why VRAM is unknown where the driver works and does not tell."""
+    how = "CHIFFON_OVERRIDE_GPU_VRAM_TOTAL_GB and _AVAILABLE_GB can"
+    if not gpus:
+        return [f"{vendor}: no driver tells its VRAM; {how}"]
+    return [
+        f"{vendor} gpu {gpu.index}: its driver does not tell how much VRAM is free; {how}"
+        for gpu in gpus
+        if gpu.vram_total_gb is None or gpu.vram_available_gb is None
+    ]
 
 
 def _scalars(taken: Taken, gpus: Sequence[Gpu], word: OperatorWord) -> list[Reading]:
@@ -102,7 +138,7 @@ def _scalars(taken: Taken, gpus: Sequence[Gpu], word: OperatorWord) -> list[Read
         ),
         ("gpu_type", taken.sample.vendor, word.override_gpu_type is not None),
     ]
-    problem = "; ".join(taken.sample.errors) or None
+    problem = "; ".join(taken.sample.errors or _unknown(taken.sample.vendor, gpus)) or None
     return [
         Reading(
             name,

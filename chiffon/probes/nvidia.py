@@ -30,6 +30,9 @@ _NOT_AVAILABLE = 2**64 - 1
 _NEAR = 0.05
 """How near to MemTotal a total must be to be the host's memory."""
 
+_BOARDS = ("GB10", "Thor", "Orin", "Xavier")
+"""Of what has no memory of its own. A rented ARM host may have as much memory as its card."""
+
 _WHAT_TO_DO = {
     "NVMLError_LibraryNotFound": "libnvidia-ml.so.1 is missing: install the driver, or pass the"
     " GPUs into the container",
@@ -78,25 +81,37 @@ class NvidiaProbe:
                 return GpuSample(VENDOR)
             return GpuSample(VENDOR, errors=[_line("nvidia", error)])
         sample = GpuSample(VENDOR, source=self._source)
+        on_the_bus = len(self._displays.read())
+        if count == 0 and on_the_bus:
+            sample.errors.append(
+                f"nvidia: the driver shows none of the {on_the_bus} GPUs on the PCI bus (see dmesg)"
+            )
         for index in range(count):
-            try:
-                devices = _devices(nvml, index)
-            except (nvml.NVMLError, ProbeError) as error:
-                sample.errors.append(_line(f"nvidia gpu {index}", error))
-                continue
-            for name, handle in devices.items():
-                place = len(sample.gpus) + len(sample.errors)
-                try:
-                    sample.gpus.append(self._gpu(nvml, handle, place, is_instance=len(name) > 1))
-                except (nvml.NVMLError, ProbeError) as error:
-                    said = " instance ".join(str(one) for one in name)
-                    sample.errors.append(_line(f"nvidia gpu {said}", error))
+            self._read_into(sample, nvml, index)
         return sample
+
+    def _read_into(self, sample: GpuSample, nvml: Any, index: int) -> None:
+        """Add one GPU, or its instances; whatever goes wrong with one leaves the others."""
+        try:
+            devices = _devices(nvml, index)
+        except Exception as error:
+            sample.errors.append(_line(f"nvidia gpu {index}", error))
+            return
+        for name, handle in devices.items():
+            place = len(sample.gpus) + len(sample.errors)
+            try:
+                sample.gpus.append(self._gpu(nvml, handle, place, is_instance=len(name) > 1))
+            except Exception as error:
+                said = " instance ".join(str(one) for one in name)
+                sample.errors.append(_line(f"nvidia gpu {said}", error))
 
     def _has_hardware(self) -> bool:
         if self._displays.read() or (self._root / "dev/nvidiactl").exists():
             return True
-        try:  # boards without PCI
+        return self._is_tegra()
+
+    def _is_tegra(self) -> bool:
+        try:
             return b"nvidia,tegra" in (self._root / "proc/device-tree/compatible").read_bytes()
         except OSError:
             return False
@@ -108,7 +123,7 @@ class NvidiaProbe:
             # Once a process, and again after a fork: the library does not survive it.
             self._nvml.nvmlInit()
             self._ready_in = os.getpid()
-            version = _told(self._nvml, self._nvml.nvmlSystemGetDriverVersion)
+            version = _if_told(self._nvml.nvmlSystemGetDriverVersion)
             self._source = f"nvmlDeviceGetMemoryInfo, driver {_as_text(version) or 'unknown'}"
         return self._nvml
 
@@ -120,11 +135,11 @@ class NvidiaProbe:
 
     def _gpu(self, nvml: Any, handle: Any, index: int, *, is_instance: bool) -> Gpu:
         total, free, is_unified = self._memory(nvml, handle, is_instance)
-        use = _told(nvml, lambda: nvml.nvmlDeviceGetUtilizationRates(handle))
+        use = _if_told(lambda: nvml.nvmlDeviceGetUtilizationRates(handle))
         return Gpu(
-            uuid=_as_text(_told(nvml, lambda: nvml.nvmlDeviceGetUUID(handle))),
+            uuid=_as_text(_if_told(lambda: nvml.nvmlDeviceGetUUID(handle))),
             index=index,
-            name=_as_text(_told(nvml, lambda: nvml.nvmlDeviceGetName(handle))),
+            name=_as_text(_if_told(lambda: nvml.nvmlDeviceGetName(handle))),
             vram_total_gb=None if total is None else to_gb(total),
             vram_available_gb=None if free is None else to_gb(free),
             utilization_percent=None if use is None else float(min(use.gpu, 100)),
@@ -139,8 +154,8 @@ class NvidiaProbe:
         total = _known(memory.total) if memory is not None else 0
         host = psutil.virtual_memory()
         if self._may_be_unified and not is_instance:
-            is_hosts = total is not None and abs(total - host.total) <= _NEAR * host.total
-            if total == 0 or is_hosts:
+            is_near = total is not None and abs(total - host.total) <= _NEAR * host.total
+            if total == 0 or (is_near and self._is_board(nvml, handle)):
                 return host.total, host.available, True
         if total == 0:
             raise ProbeError("the driver does not tell how much memory it has")
@@ -148,6 +163,10 @@ class NvidiaProbe:
         if total is not None and free is not None:
             free = min(free, total)
         return total, free, False
+
+    def _is_board(self, nvml: Any, handle: Any) -> bool:
+        name = _as_text(_if_told(lambda: nvml.nvmlDeviceGetName(handle))) or ""
+        return self._is_tegra() or any(board in name for board in _BOARDS)
 
 
 def _binding() -> Any:
@@ -186,6 +205,14 @@ def _devices(nvml: Any, index: int) -> dict[tuple[int, ...], Any]:
     if not instances:
         raise ProbeError("MIG is on and it has no instances")
     return instances
+
+
+def _if_told(call: Callable[[], Any]) -> Any:
+    """Return what the driver says, ``None`` for any trouble: not worth the card's memory."""
+    try:
+        return call()
+    except Exception:
+        return None
 
 
 def _told(nvml: Any, call: Callable[[], Any]) -> Any:

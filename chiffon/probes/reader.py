@@ -16,6 +16,8 @@ from chiffon.probes.sampler import GpuSource, Sampler
 
 FIRST_CPU_SAMPLE_SECONDS = 0.25
 FIRST_GPU_SAMPLE_SECONDS = 2.0
+LONGEST = 1.5
+"""In intervals, the most that lies between two samples."""
 
 
 def gpu_sources(root: Path = Path("/"), word: OperatorWord = NOTHING_SAID) -> dict[str, GpuSource]:
@@ -33,7 +35,7 @@ class Reader:
     """Reads this host for heartbeats; made by ``open``, used from one event loop.
 
     Args:
-        interval_seconds: Between two readings; GPU samples are taken shortly before.
+        interval_seconds: Between two readings; GPU samples are taken shortly before each.
         word: What the operator says of this host.
         sources: What to ask for GPUs, by vendor.
         root: Where ``/proc`` and the control groups are.
@@ -46,14 +48,17 @@ class Reader:
         sources: Mapping[str, GpuSource],
         root: Path,
     ) -> None:
-        # A sample before each heartbeat, so that it is fresh, and in time also for one that
-        # comes a little early.
-        self._ask_after_seconds = max(interval_seconds * 0.9 - 0.25, interval_seconds / 2)
+        self._interval = interval_seconds
         self._word = word
         self._root = root
         self._cpu = CpuProbe(root, word)
-        self._samplers = [Sampler(vendor, source) for vendor, source in sources.items()]
-        self._next: asyncio.TimerHandle | None = None
+        self._samplers = [
+            Sampler(vendor, source, LONGEST * interval_seconds)
+            for vendor, source in sources.items()
+        ]
+        self._loop = asyncio.get_running_loop()
+        self._asked = self._loop.time()
+        self._next = self._loop.call_later(interval_seconds, self._ask)
         self.readings: list[Reading] = []
         self.notes: list[str] = []
 
@@ -84,10 +89,14 @@ class Reader:
         Never waits: of the GPUs it is the last sample, and its age. Afterwards ``readings`` says
         where each value is from, and ``notes`` what was left out on purpose.
         """
-        gpus = combine([sampler.latest() for sampler in self._samplers], self._word)
         host = [*self._cpu.read(), *memory.read(self._root, self._word)]
+        gpus = combine(
+            [sampler.latest() for sampler in self._samplers],
+            self._word,
+            memory_available_gb=host[-1].value,
+        )
         self.readings, self.notes = [*host, *gpus.scalars], gpus.notes
-        self._ask_ahead()
+        self._ask_before_the_next()
         problems = dict.fromkeys(one.problem for one in host if one.problem is not None)
         return ResourceMetrics(
             **{one.name: one.value for one in self.readings},
@@ -100,17 +109,27 @@ class Reader:
 
     def close(self) -> None:
         """Stop asking; a GPU source that hangs does not keep the process alive."""
-        if self._next is not None:
-            self._next.cancel()
+        self._next.cancel()
         for sampler in self._samplers:
             sampler.close()
 
-    def _ask_ahead(self) -> None:
-        if self._next is not None:
-            self._next.cancel()
-        loop = asyncio.get_running_loop()
-        self._next = loop.call_later(self._ask_after_seconds, self._ask)
+    def _ask_before_the_next(self) -> None:
+        """Have the next sample taken shortly before the next reading is due, also an early one.
+
+        Readings out of turn may put it off, but not for ever.
+        """
+        ahead = max(self._interval * 0.9 - 0.25, self._interval / 2)
+        latest = self._asked + LONGEST * self._interval
+        self._next.cancel()
+        self._next = self._loop.call_at(min(self._loop.time() + ahead, latest), self._ask)
 
     def _ask(self) -> None:
+        """Ask for samples, and go on asking while nobody reads.
+
+        The first reading after the broker was away shall tell of the present.
+        """
+        self._asked = self._loop.time()
+        self._next = self._loop.call_later(self._interval, self._ask)
+        self._cpu.forget(older_than_seconds=LONGEST * self._interval)
         for sampler in self._samplers:
             sampler.ask()

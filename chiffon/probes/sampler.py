@@ -14,6 +14,7 @@ from chiffon.messages import Gpu
 from chiffon.probes.sample import GpuSample, printable
 
 HUNG_SECONDS = 15.0
+"""A driver that has not answered for so long hangs; a sample this overdue is no longer news."""
 
 GpuSource = Callable[[], GpuSample]
 
@@ -39,10 +40,12 @@ class Sampler:
     Args:
         vendor: As ``gpu_type`` names it.
         source: What to call; it may block for ever.
+        fresh_seconds: How old a sample may be while all is well.
     """
 
-    def __init__(self, vendor: str, source: GpuSource) -> None:
+    def __init__(self, vendor: str, source: GpuSource, fresh_seconds: float) -> None:
         self.vendor = vendor
+        self._fresh_seconds = fresh_seconds
         self._source = source
         self._loop = asyncio.get_running_loop()
         self._wanted = threading.Event()
@@ -56,7 +59,7 @@ class Sampler:
     def ask(self) -> None:
         """Want a fresh sample; no more than one is on its way."""
         if self._asked is None:
-            self._asked = time.monotonic()
+            self._asked = _clock()
             self._taken.clear()
             self._wanted.set()
 
@@ -71,20 +74,22 @@ class Sampler:
 
     def latest(self) -> Taken:
         """Return the newest sample. Of a driver that hangs, no more than what cannot change."""
-        now = time.monotonic()
+        now = _clock()
         waited = 0.0 if self._asked is None else now - self._asked
         if self._sample is None:
             waiting = f"{self.vendor}: no answer yet, {waited:.0f} s after the first question"
             return Taken(GpuSample(self.vendor, errors=[waiting]), None, None)
         sample, began, took = self._sample
-        if waited > HUNG_SECONDS and sample.is_present:
-            hung = f"{self.vendor}: no answer for {waited:.0f} s, so what is free is unknown"
+        age = now - began
+        is_old = waited > HUNG_SECONDS or age > self._fresh_seconds + HUNG_SECONDS
+        if is_old and sample.is_present:
+            line = f"{self.vendor}: no answer for {max(waited, age):.0f} s: what is free is unknown"
             sample = replace(
                 sample,
                 gpus=[_without_use(gpu) for gpu in sample.gpus],
-                errors=[*sample.errors, hung],
+                errors=[*sample.errors, line],
             )
-        return Taken(sample, now - began, took)
+        return Taken(sample, age, took)
 
     def close(self) -> None:
         """Let the thread end; one that hangs in a driver does not keep the process alive."""
@@ -97,9 +102,9 @@ class Sampler:
             self._wanted.clear()
             if self._stopped:
                 return
-            began = time.monotonic()
+            began = _clock()
             sample = self._guarded()
-            self._sample = (sample, began, time.monotonic() - began)
+            self._sample = (sample, began, _clock() - began)
             try:
                 self._loop.call_soon_threadsafe(self._answered)
             except RuntimeError:  # the loop has ended meanwhile
@@ -116,6 +121,11 @@ class Sampler:
             # A bug in one source must not cost the others, or the heartbeat.
             line = printable(f"{self.vendor}: {type(error).__name__}: {error}")
             return GpuSample(self.vendor, errors=[line])
+
+
+def _clock() -> float:
+    # Unlike the monotonic clock this one goes on while the host sleeps, where there is one.
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _without_use(gpu: Gpu) -> Gpu:

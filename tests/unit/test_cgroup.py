@@ -85,6 +85,20 @@ def test_a_path_outside_the_mount_counts_as_its_root(tmp_path: Path) -> None:
     assert cpus(root) == 1.0
 
 
+def test_the_part_of_another_that_is_mounted_as_well_is_not_ours(tmp_path: Path) -> None:
+    foreign = "99 20 0:26 /docker/abc /srv/rootfs/cgroup rw - cgroup2 cgroup2 rw"
+    root = grow(
+        tmp_path,
+        ["0::/docker/abcdef"],
+        [foreign, V2_MOUNT],
+        {"docker/abcdef/cpu.max": "300000 100000\n"},
+    )
+    (root / "srv/rootfs/cgroup").mkdir(parents=True)
+    (root / "srv/rootfs/cgroup/cpu.max").write_text("50000 100000\n")
+
+    assert cpus(root) == 3.0
+
+
 def test_lines_that_make_no_sense_are_passed_over(tmp_path: Path) -> None:
     root = grow(
         tmp_path,

@@ -29,6 +29,7 @@ class Host:
         self.busy = [0.0] * cpus
         self.idle = [0.0] * cpus
         self.allowed = set(range(cpus))
+        self.configured = cpus
         self.quotas: dict[str, tuple[float, float | None]] = {}
 
     def run(
@@ -63,6 +64,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Host:
     monkeypatch.setattr(psutil, "cpu_times", host.cpu_times)
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 8 if logical else 4)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: host.allowed)
+    monkeypatch.setattr(os, "sysconf", lambda _: host.configured)
     monkeypatch.setattr(cpu, "cpu_quotas", host.cpu_quotas)
     monkeypatch.setattr(cpu, "time", SimpleNamespace(monotonic=lambda: host.now))
     return host
@@ -95,6 +97,8 @@ def test_waiting_for_a_disk_is_idle_and_guests_are_not_counted_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     readings = [Times(10, 0, 10, 0, 0), Times(11, 0.5, 10, 0.5, 1)]
+    clock = iter([0.0, 1.0])
+    monkeypatch.setattr(cpu, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(psutil, "cpu_times", lambda: readings.pop(0))
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
@@ -145,6 +149,43 @@ def test_affinity_bounds_what_is_free_and_only_its_own_cpus_count(host: Host) ->
 
     assert one.value == 1
     assert one.source == "2 CPUs by affinity, 0.50 busy"
+
+
+def test_with_cpus_offline_all_that_is_busy_counts_against_affinity(host: Host) -> None:
+    host.allowed, host.configured = {2, 4, 6}, 16
+    probe = CpuProbe()
+    probe.read()
+    host.run(10, [0.25] * 8)
+
+    assert reading(probe, "cpu_cores_available").source == "3 CPUs by affinity, 2.00 busy"
+
+
+def test_the_window_does_not_reach_back_over_hours_without_a_reading(host: Host) -> None:
+    probe = CpuProbe()
+    probe.read()
+    host.run(7_200, [1.0] * 8)
+    probe.forget(older_than_seconds=7.5)
+    host.run(5, [0.0] * 8)
+    probe.forget(older_than_seconds=7.5)
+
+    assert reading(probe, "cpu_percent").value == 0.0
+
+
+def test_quotas_that_cannot_be_read_leave_the_free_cores_unknown(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: Path) -> list[CpuQuota]:
+        raise PermissionError(13, "Permission denied", "/sys/fs/cgroup")
+
+    monkeypatch.setattr(cpu, "cpu_quotas", fails)
+    probe = CpuProbe()
+    probe.read()
+    host.run(10, [0.0] * 8)
+
+    cores = reading(probe, "cpu_cores_available")
+
+    assert cores.value is None
+    assert "/sys/fs/cgroup" in (cores.problem or "")
 
 
 def test_a_quota_bounds_what_is_free_and_only_the_groups_own_use_counts(host: Host) -> None:
@@ -224,13 +265,16 @@ def test_counters_that_cannot_be_read_are_unknown_with_a_reason_and_cost_only_th
     def fails() -> Any:
         raise PermissionError(13, "Permission denied", "/proc/stat")
 
-    monkeypatch.setattr(psutil, "cpu_times", fails)
     probe = CpuProbe()
     probe.read()
+    host.run(10, [0.0] * 8)
+    assert free(probe) == 8
+    monkeypatch.setattr(psutil, "cpu_times", fails)
 
     readings = {one.name: one for one in probe.read()}
 
     assert readings["cpu_percent"].value is None
+    assert readings["cpu_cores_available"].value is None
     assert "/proc/stat" in (readings["cpu_percent"].problem or "")
     assert readings["cpu_load_1min"].value is not None
 
@@ -251,6 +295,7 @@ def test_no_bound_is_ever_exceeded(
         patch.setattr(psutil, "cpu_times", host.cpu_times)
         patch.setattr(psutil, "cpu_count", lambda logical=True: 8)
         patch.setattr(os, "sched_getaffinity", lambda _: host.allowed)
+        patch.setattr(os, "sysconf", lambda _: host.configured)
         patch.setattr(cpu, "cpu_quotas", host.cpu_quotas)
         patch.setattr(cpu, "time", SimpleNamespace(monotonic=lambda: host.now))
         probe = CpuProbe(word=OperatorWord(reserved_cpu_cores=reserved))
@@ -272,6 +317,8 @@ def test_a_captured_host_is_read_from_its_own_proc(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = plant(tmp_path, "cgroup-hybrid")
+    clock = iter([0.0, 10.0])
+    monkeypatch.setattr(cpu, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(psutil, "PROCFS_PATH", str(root / "proc"))
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})

@@ -38,8 +38,8 @@ def scalars(readings: GpuReadings) -> tuple[Any, ...]:
     )
 
 
-def said(**word: Any) -> OperatorWord:
-    return OperatorWord(**word)
+def combined(taken: list[Taken], memory: float | None = 64.0, **word: Any) -> GpuReadings:
+    return combine(taken, OperatorWord(**word), memory)
 
 
 UNREAD = of("nvidia", errors=["nvidia: Driver Not Loaded"])
@@ -77,13 +77,13 @@ COMBINED = {
 def test_the_scalars_speak_for_one_vendor(name: str) -> None:
     taken, expected = COMBINED[name]
 
-    assert scalars(combine(taken, OperatorWord())) == expected
+    assert scalars(combined(taken)) == expected
 
 
 def test_all_cards_are_listed_and_numbered_through() -> None:
     taken = [of("nvidia", card(24.0, 20.0), card(24.0, 4.0)), of("intel", card(8.0, None))]
 
-    readings = combine(taken, OperatorWord())
+    readings = combined(taken)
 
     assert [(gpu.index, gpu.vram_total_gb) for gpu in readings.gpus] == [
         (0, 24.0),
@@ -94,8 +94,8 @@ def test_all_cards_are_listed_and_numbered_through() -> None:
 
 
 def test_a_value_that_is_unknown_has_its_reason_and_one_that_is_known_has_its_source() -> None:
-    unknown = combine([UNREAD], OperatorWord()).scalars[1]
-    known = combine([of("amd", card(16.0, 10.0))], OperatorWord()).scalars[1]
+    unknown = combined([UNREAD]).scalars[1]
+    known = combined([of("amd", card(16.0, 10.0))]).scalars[1]
 
     assert (unknown.value, unknown.problem) == (None, "nvidia: Driver Not Loaded")
     assert (known.source, known.problem, known.is_overridden) == ("amd's files", None, False)
@@ -159,6 +159,21 @@ SAID: dict[str, tuple[list[Taken], dict[str, Any], tuple[Any, ...]]] = {
         ("gaudi", None, None, None),
     ),
     "no GPU is offered": ([ONE], {"override_gpu_type": "none"}, ("none", 0.0, 0.0, 0.0)),
+    "VRAM is said of the vendor that is spoken for, by what was detected": (
+        [of("nvidia", card(8.0, 0.5)), of("intel", card(16.0, None))],
+        {"override_gpu_vram_available_gb": 12.0},
+        ("intel", 16.0, 12.0, 12.0),
+    ),
+    "a card that can be read speaks before one that cannot": (
+        [UNREAD, of("intel", card(None, None))],
+        {"override_gpu_vram_total_gb": 16.0, "override_gpu_vram_available_gb": 12.0},
+        ("intel", 16.0, 12.0, 12.0),
+    ),
+    "unified memory has no more than the host has left": (
+        [of("nvidia", card(120.0, 110.0, is_unified=True))],
+        {},
+        ("nvidia", 120.0, 64.0, 64.0),
+    ),
     "VRAM of a GPU that is not there": (
         [NOTHING],
         {"override_gpu_vram_total_gb": 24.0},
@@ -171,7 +186,7 @@ SAID: dict[str, tuple[list[Taken], dict[str, Any], tuple[Any, ...]]] = {
 def test_the_operator_is_believed(name: str) -> None:
     taken, word, expected = SAID[name]
 
-    assert scalars(combine(taken, said(**word))) == expected
+    assert scalars(combined(taken, **word)) == expected
 
 
 @pytest.mark.parametrize(
@@ -186,23 +201,44 @@ def test_the_operator_is_believed(name: str) -> None:
     ],
 )
 def test_what_is_overridden_says_so(word: dict[str, Any], overridden: list[str]) -> None:
-    readings = combine([ONE], said(**word)).scalars
+    readings = combined([ONE], **word).scalars
 
     names = [one.name for one in readings if one.is_overridden]
     assert [name.removeprefix("gpu_vram_").removesuffix("_gb") for name in names] == overridden
 
 
+@pytest.mark.parametrize(
+    ("taken", "word", "reason"),
+    [
+        ([of("intel", card(16.0, None))], {}, "intel gpu 0: its driver does not tell how much"),
+        ([NOTHING], {"override_gpu_type": "gaudi"}, "gaudi: no driver tells its VRAM"),
+        ([UNREAD], {}, "nvidia: Driver Not Loaded"),
+    ],
+)
+def test_what_is_unknown_has_a_reason(
+    taken: list[Taken], word: dict[str, Any], reason: str
+) -> None:
+    readings = combined(taken, **word)
+
+    [error] = readings.errors
+    assert error.startswith(reason)
+    unknown = [one for one in readings.scalars if one.value is None]
+    assert unknown
+    assert all(one.problem == error for one in unknown)
+
+
 def test_no_more_is_listed_than_the_contract_takes() -> None:
     many = of("nvidia", *[card(1.0, 1.0)] * 70, errors=["lost\n" * 200] * 70)
 
-    readings = combine([many], OperatorWord())
+    readings = combined([many])
 
     assert scalars(readings)[1] == 70.0
     assert (len(readings.gpus), len(readings.errors)) == (64, 64)
 
 
-gigabytes = st.floats(0, 1_000).map(lambda size: round(size, 3))
-cards = st.tuples(gigabytes, gigabytes).map(lambda pair: card(max(pair), min(pair)))
+gigabytes = st.floats(0, 1_000)
+read = gigabytes.map(lambda size: round(size, 3))
+cards = st.tuples(read, read).map(lambda pair: card(max(pair), min(pair)))
 
 
 @given(
@@ -214,13 +250,12 @@ cards = st.tuples(gigabytes, gigabytes).map(lambda pair: card(max(pair), min(pai
 def test_whatever_the_operator_says_fits_the_contract_and_keeps_what_is_kept(
     gpus: list[Gpu], total: float | None, available: float | None, reserved: float
 ) -> None:
-    word = said(
+    readings = combined(
+        [of("nvidia", *gpus)],
         override_gpu_vram_total_gb=total,
         override_gpu_vram_available_gb=available,
         reserved_gpu_vram_gb=reserved,
     )
-
-    readings = combine([of("nvidia", *gpus)], word)
 
     _, all_total, all_free, most = scalars(readings)
     assert 0 <= most <= all_free <= all_total

@@ -102,7 +102,9 @@ def gpu(index: int, free: float | None) -> dict[str, Any]:
         ([], 20.5, 20.5),
         ([], None, None),
         ([gpu(0, 10.0), gpu(1, 30.0)], 40.0, 30.0),
-        ([gpu(0, 10.0), gpu(1, None)], None, 10.0),
+        ([gpu(0, 10.0), gpu(1, None)], None, None),
+        ([gpu(0, 20.3)], 20.0, 20.0),
+        ([gpu(0, 20.03), gpu(1, 0.0)], 20.0, 20.0),
         ([gpu(0, None)], None, None),
         # The scalars speak for one vendor of two.
         ([gpu(0, 10.0), gpu(1, 30.0)], 10.0, 10.0),

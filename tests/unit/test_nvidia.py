@@ -110,7 +110,7 @@ SCENARIOS = {
         [],
     ),
     "unified memory: the host's memory, with the page cache as used": (
-        [Card(total=119 * GIB, free=2 * GIB)],
+        [Card(total=119 * GIB, free=2 * GIB, name="NVIDIA GB10")],
         "aarch64",
         [(0, 120.0, 110.0, 3.0, True)],
         [],
@@ -120,6 +120,18 @@ SCENARIOS = {
         "aarch64",
         [(0, 80.0, 70.0, 3.0, False)],
         [],
+    ),
+    "a card with as much memory as its ARM host": (
+        [Card(total=119 * GIB, free=2 * GIB, name="NVIDIA T4G")],
+        "aarch64",
+        [(0, 119.0, 2.0, 3.0, False)],
+        [],
+    ),
+    "a driver that starts and shows nothing": (
+        [],
+        "x86_64",
+        [],
+        ["nvidia: the driver shows none of the 2 GPUs on the PCI bus (see dmesg)"],
     ),
     "a card with as much memory as its x86 host": (
         [Card(total=120 * GIB, free=2 * GIB)],
@@ -329,6 +341,22 @@ def test_the_real_binding_without_a_driver_is_an_error_and_not_an_absent_gpu(roo
         pytest.skip("this host has an NVIDIA GPU")
     assert sample.is_present
     assert sample.errors[0].startswith("nvidia: ")
+
+
+def test_a_side_question_that_fails_does_not_cost_the_cards_memory(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: object) -> None:
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+
+    nvml = FakeNvml([Card(), Card()])
+    for name in ("nvmlDeviceGetName", "nvmlDeviceGetUUID", "nvmlDeviceGetUtilizationRates"):
+        monkeypatch.setattr(nvml, name, fails)
+
+    sample = NvidiaProbe(root, nvml).read()
+
+    assert [(gpu.name, gpu.vram_available_gb) for gpu in sample.gpus] == [(None, 20.0)] * 2
+    assert sample.errors == []
 
 
 def test_functions_that_an_old_driver_lacks_are_no_error(

@@ -56,23 +56,44 @@ async def test_a_source_with_a_bug_costs_only_itself() -> None:
     assert metrics.probe_errors == ["nvidia: ZeroDivisionError: oops"]
 
 
-async def test_a_sample_is_taken_before_each_reading_and_not_for_it() -> None:
-    taken = 0
+class Counting:
+    """A driver that says how often it was asked."""
 
-    def driver() -> GpuSample:
-        nonlocal taken
-        taken += 1
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def __call__(self) -> GpuSample:
+        self.taken += 1
         return GpuSample("amd", [CARD])
 
+    async def until(self, taken: int) -> None:
+        async def enough() -> bool:
+            return self.taken >= taken
+
+        await until(enough, f"{taken} samples")
+
+
+async def test_samples_go_on_while_nobody_reads_so_that_the_next_reading_is_of_the_present() -> (
+    None
+):
+    driver = Counting()
     async with reading(0.5, amd=driver) as opened:
-        for _ in range(20):
+        await driver.until(4)
+        age = opened.read().gpu_sample_age_seconds
+
+    assert age is not None
+    assert age < 5
+
+
+async def test_readings_out_of_turn_do_not_put_off_samples_for_ever() -> None:
+    driver = Counting()
+    async with reading(0.5, amd=driver) as opened:
+
+        async def read_often() -> bool:
             opened.read()
-        assert taken == 1
+            return driver.taken >= 3
 
-        async def again() -> bool:
-            return taken == 2
-
-        await until(again, "a sample of its own accord")
+        await until(read_often, "three samples")
 
 
 @pytest.fixture
@@ -111,7 +132,7 @@ async def test_a_driver_that_hangs_does_not_hold_up_readings_and_its_numbers_gro
     assert (old.gpu_vram_available_gb, old.gpu_vram_max_available_gb) == (None, None)
     assert old.gpu_sample_age_seconds is not None
     assert old.gpu_sample_age_seconds >= recent.gpu_sample_age_seconds
-    assert "nvidia: no answer for" in old.probe_errors[0]
+    assert "what is free is unknown" in old.probe_errors[0]
 
 
 async def test_a_driver_that_hangs_from_the_start_is_unknown_and_not_none(
