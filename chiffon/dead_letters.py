@@ -42,11 +42,11 @@ class DeadLetters:
         await self._publisher.publish(
             refusal.body,
             exchange=DEAD_LETTERS,
-            routing_key=message.routing_key or "",
+            routing_key=_short(message.routing_key) or "",
             properties=Properties(
                 delivery_mode=2,
-                message_type=original.message_type,
-                content_type=original.content_type,
+                message_type=_short(original.message_type),
+                content_type=_short(original.content_type),
                 headers={
                     DEAD_LETTER_HEADER: "1",
                     REASON_HEADER: refusal.reason,
@@ -56,3 +56,11 @@ class DeadLetters:
             ),
             timeout=CONFIRM_SECONDS,
         )
+
+
+def _short(text: str | None) -> str | None:
+    """Return at most as much as a property may hold: 255 bytes.
+
+    What was no UTF-8 stands here with a mark for each byte, and each mark is three.
+    """
+    return None if text is None else text.encode()[:255].decode(errors="ignore")

@@ -16,6 +16,7 @@ from aiormq.abc import DeliveredMessage
 
 from chiffon.bus import acknowledge, reject
 from chiffon.dead_letters import DeadLetters
+from chiffon.decoding import undecodable
 from chiffon.encoding import Refusal, decode_heartbeats, encode
 from chiffon.errors import BadMessage, BusUnavailable, RegistryUnavailable, RowRefused
 from chiffon.messages import CANARY, STATUS_UPDATE, StatusUpdate
@@ -274,6 +275,9 @@ def _read(batch: Sequence[_Delivery]) -> _Reading:
             reading.canary = delivery
             continue
         try:
+            problem = undecodable(message.header)
+            if problem is not None:
+                raise BadMessage(problem)
             if kind != STATUS_UPDATE:
                 raise BadMessage(f"type {str(kind)[:64]!r} is not {STATUS_UPDATE}")
             updates, refusals = decode_heartbeats(message.body, message.routing_key or "")

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from chiffon.bus import Properties, Publisher, acknowledge
 from chiffon.capacity import Capacity
 from chiffon.dead_letters import DeadLetters
+from chiffon.decoding import undecodable
 from chiffon.encoding import MAX_REPLY_BYTES, Refusal, decode, encode
 from chiffon.errors import (
     AgentNotFoundError,
@@ -131,6 +132,10 @@ class Responder:
 
     async def _answer(self, message: DeliveredMessage, received: float) -> None:
         properties = message.header.properties
+        problem = undecodable(message.header)
+        if problem is not None:
+            await self._set_aside(message, problem)
+            return
         try:
             exchange, key = reply_route(properties.reply_to, self._reply_forms)
         except ValueError as error:

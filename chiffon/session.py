@@ -16,6 +16,7 @@ import aiormq
 from aiormq.abc import AbstractChannel
 from yarl import URL
 
+from chiffon import decoding
 from chiffon.errors import (
     BadConfiguration,
     BusRefused,
@@ -162,6 +163,9 @@ class Session:
         closing = asyncio.ensure_future(self._connection.close())
         closing.add_done_callback(lambda done: done.cancelled() or done.exception())
         await asyncio.wait({closing}, timeout=CLOSE_SECONDS)
+
+
+decoding.install()
 
 
 async def dial(url: str, name: str) -> Session:

@@ -1,0 +1,149 @@
+"""Messages whose AMQP properties no library can decode, sent over a bare socket."""
+
+import json
+import struct
+from uuid import uuid4
+
+import pytest
+
+from chiffon.encoding import encode, routing_key
+from chiffon.messages import CapacityQuery
+from chiffon.planner import PlannerClient
+from chiffon.registry import Registry
+from tests.fixtures import plain, raw
+from tests.fixtures.heartbeats import update
+from tests.fixtures.plain import Queues
+from tests.fixtures.system import consumers, orchestrating
+from tests.fixtures.waiting import until
+
+
+def short(text: bytes) -> bytes:
+    return bytes([len(text)]) + text
+
+
+def long(text: bytes) -> bytes:
+    return struct.pack(">I", len(text)) + text
+
+
+def table(*fields: tuple[bytes, bytes]) -> bytes:
+    return long(b"".join(short(key) + value for key, value in fields))
+
+
+def nested(depth: int) -> bytes:
+    """Return a table in a table in a table."""
+    inner = table()
+    for _ in range(depth):
+        inner = table((b"a", b"F" + inner))
+    return inner
+
+
+def nested_arrays(depth: int) -> bytes:
+    inner = long(b"")
+    for _ in range(depth):
+        inner = long(b"A" + inner)
+    return table((b"a", b"A" + inner))
+
+
+KIND = {"message_type": short(b"status_update.v1")}
+BOMBS: dict[str, tuple[dict[str, bytes], str]] = {
+    "correlation_id": ({"correlation_id": short(b"\xff")}, "not UTF-8"),
+    "reply_to": ({"reply_to": short(b"\xff\xfe")}, "not UTF-8"),
+    "content_type": ({"content_type": short(b"\xff" * 255)}, "not UTF-8"),
+    "header key": ({"headers": table((b"\xff", b"t\1"))}, "no table we can read"),
+    "timestamp, signed": ({"timestamp": struct.pack(">Q", 2**63 - 1)}, "no calendar"),
+    "timestamp, unsigned": ({"timestamp": struct.pack(">Q", 2**64 - 1)}, "no calendar"),
+    "header timestamp": (
+        {"headers": table((b"at", b"T" + struct.pack(">Q", 2**63)))},
+        "no table we can read",
+    ),
+    "tables 1,000 deep": ({"headers": nested(1_000)}, "no table we can read"),
+    "arrays 1,000 deep": ({"headers": nested_arrays(1_000)}, "no table we can read"),
+    "several": (
+        {"correlation_id": short(b"\xff"), "timestamp": struct.pack(">Q", 2**63 - 1)},
+        "not UTF-8, a time that no calendar has",
+    ),
+}
+
+
+async def test_no_property_stops_ingest_and_each_is_set_aside_with_its_reason(
+    amqp_url: str, database_url: str, registry: Registry, queues: Queues
+) -> None:
+    before, after = update(), update()
+    async with orchestrating(amqp_url, database_url), plain.channel(amqp_url) as to:
+        await plain.publish(
+            to, "chiffon.heartbeats", routing_key(before), encode(before), "status_update.v1"
+        )
+        async with raw.channel(amqp_url) as publisher:
+            for name, (properties, _) in BOMBS.items():
+                one = update(hostname=name)
+                await publisher.publish(
+                    "chiffon.heartbeats",
+                    routing_key(one).encode(),
+                    encode(one),
+                    {**KIND, **properties},
+                )
+            # Neither does a routing key.
+            await publisher.publish("chiffon.heartbeats", b"heartbeat.\xff" * 20, b"{}", KIND)
+        await plain.publish(
+            to, "chiffon.heartbeats", routing_key(after), encode(after), "status_update.v1"
+        )
+
+        async def is_recorded() -> bool:
+            return await registry.show(after.agent_id) is not None
+
+        await until(is_recorded, "the heartbeat after them")
+        assert await consumers(amqp_url, "chiffon.ingest") == 1
+        recorded = await registry.list_agents()
+
+    assert {agent.agent_id for agent in recorded} == {before.agent_id, after.agent_id}
+    reasons = {}
+    for dead in queues.take("chiffon.dead-letters"):
+        body = json.loads(dead["payload"])
+        reasons[body.get("hostname")] = dead["properties"]["headers"]["chiffon-reason"]
+    assert len(reasons) == len(BOMBS) + 1
+    for name, (_, reason) in BOMBS.items():
+        assert reason in reasons[name], name
+    assert queues.take("chiffon.ingest") == []
+
+
+async def test_no_property_stops_the_responder_or_a_planner(
+    amqp_url: str, database_url: str, queues: Queues
+) -> None:
+    kind = {"message_type": short(b"capacity.find.v1")}
+    async with orchestrating(amqp_url, database_url), PlannerClient.open(amqp_url) as planner:
+        await planner.find(CapacityQuery())
+        async with raw.channel(amqp_url) as publisher:
+            for properties, _ in BOMBS.values():
+                await publisher.publish("chiffon.rpc", b"capacity", b"{}", {**kind, **properties})
+            # And into the planner's own queue, as anybody may who knows its name.
+            [name] = [name for name in queues.names() if name.startswith("amq.gen")]
+            for properties, _ in BOMBS.values():
+                await publisher.publish("", name.encode(), b"{}", {**kind, **properties})
+        answer = await planner.find(CapacityQuery())
+
+        async def are_set_aside() -> bool:
+            return (await plain.depth(amqp_url, "chiffon.dead-letters"))[0] == len(BOMBS)
+
+        await until(are_set_aside, "a dead letter each")
+
+    assert answer.agents == []
+
+
+@pytest.mark.parametrize("depth", [1, 400])
+async def test_headers_that_can_be_read_are_no_reason_to_refuse(
+    amqp_url: str, database_url: str, registry: Registry, depth: int
+) -> None:
+    one = update(agent_id=uuid4())
+    async with orchestrating(amqp_url, database_url):
+        async with raw.channel(amqp_url) as publisher:
+            await publisher.publish(
+                "chiffon.heartbeats",
+                routing_key(one).encode(),
+                encode(one),
+                {**KIND, "headers": nested(depth)},
+            )
+
+        async def is_recorded() -> bool:
+            return await registry.show(one.agent_id) is not None
+
+        await until(is_recorded, "the heartbeat")
