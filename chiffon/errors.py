@@ -14,6 +14,7 @@
         * TopologyMissing    an exchange or queue is not there yet
         * TopologyMismatch   it is there, with other arguments
         * Unroutable         the broker confirmed that no queue takes this message
+        * ConsumerStuck      the broker gives our consumer nothing, whatever we do
     * CapacityError          a capacity question was not answered
         * NoResponders       nobody is listening for it
         * CapacityTimeout    nothing came back in time
@@ -96,6 +97,10 @@ class TopologyMismatch(BusUnavailable):
 
 class Unroutable(BusUnavailable):
     """The broker took the message and said that no queue is bound for it."""
+
+
+class ConsumerStuck(BusUnavailable):
+    """The broker gives our consumer nothing; the process ends, to be started again."""
 
 
 class CapacityError(ChiffonError):

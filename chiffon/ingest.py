@@ -89,10 +89,13 @@ class Ingest:
         self._dead_letters = dead_letters
         self._batch_size = batch_size
         self._batch_seconds = batch_seconds
+        self._session: Session | None = None
         self._channel: Channel | None = None
         self._consumer_tag: str | None = None
         self._works: Callable[[], None] = lambda: None
         self._buffer: list[_Delivery] = []
+        self._in_work = 0
+        self._heard = time.monotonic()
         self._arrived = asyncio.Event()
         self._full = asyncio.Event()
         self._stopping = False
@@ -114,10 +117,32 @@ class Ingest:
         with translated(f"consuming {INGEST}"):
             answer = await channel.basic_consume(INGEST, self._on_delivery)
         self._consumer_tag = answer.consumer_tag
+        self._session, self._heard = session, time.monotonic()
         log.info("consuming %s", INGEST)
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether we believe that we are consuming."""
+        return not (self._stopping or self._session is None or self._session.lost.done())
+
+    @property
+    def idle_seconds(self) -> float:
+        """Seconds since the last delivery, or since the consumer was started."""
+        return time.monotonic() - self._heard
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the broker may deliver more before we acknowledge."""
+        return len(self._buffer) + self._in_work < 2 * self._batch_size
+
+    def drop(self, reason: str) -> None:
+        """Give the connection up that consumes; another is dialled."""
+        if self._session is not None:
+            self._session.drop(reason)
+
     async def _on_delivery(self, message: DeliveredMessage) -> None:
-        self._buffer.append(_Delivery(message, time.monotonic()))
+        self._heard = time.monotonic()
+        self._buffer.append(_Delivery(message, self._heard))
         self._arrived.set()
         if len(self._buffer) >= self._batch_size:
             self._full.set()
@@ -133,7 +158,9 @@ class Ingest:
                 self._buffer[self._batch_size :],
             )
             if batch:
+                self._in_work = len(batch)
                 await self._take(batch)
+                self._in_work = 0
             if not self._buffer:
                 if self._stopping:
                     return

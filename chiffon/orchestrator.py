@@ -8,6 +8,7 @@ connection that publishes, acknowledgements included; answers have one of their 
 import asyncio
 import logging
 import signal
+from collections.abc import Coroutine, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 from uuid import uuid4
@@ -23,6 +24,7 @@ from chiffon.responder import Responder
 from chiffon.session import Session, dial_any
 from chiffon.settings import Settings, describe
 from chiffon.sweeper import Canary, Sweeper
+from chiffon.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -84,23 +86,26 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
         broker, database = describe(settings.amqp_url), describe(settings.database_url)
         log.info("orchestrator %s: broker %s, database %s", orchestrator_id, broker, database)
         sweeper = Sweeper(registry, interval_seconds=settings.sweep_interval_seconds)
-        await _run_parts(ingest, responder, sweeper, Canary(outgoing, orchestrator_id), stopped)
+        others = {
+            "sweeper": sweeper.run(),
+            "canary": Canary(outgoing, orchestrator_id).run(),
+            "watchdog": Watchdog(ingest, outgoing).run(),
+        }
+        await _run_parts(ingest, responder, others, stopped)
     log.info("orchestrator %s stopped", orchestrator_id)
 
 
 async def _run_parts(
     ingest: Ingest,
     responder: Responder,
-    sweeper: Sweeper,
-    canary: Canary,
+    others: Mapping[str, Coroutine[Any, Any, None]],
     stopped: asyncio.Event,
 ) -> None:
-    """Run the parts until ``stopped``, or until one of them ends, which is a bug and raised."""
+    """Run the parts until ``stopped``, or until one of them ends, which is raised."""
     recording = asyncio.create_task(ingest.run(), name="ingest")
     parts: set[asyncio.Future[Any]] = {
         recording,
-        asyncio.create_task(sweeper.run(), name="sweeper"),
-        asyncio.create_task(canary.run(), name="canary"),
+        *(asyncio.create_task(part, name=name) for name, part in others.items()),
     }
     stopping: asyncio.Future[Any] = asyncio.ensure_future(stopped.wait())
     try:
