@@ -6,6 +6,7 @@ so batches are small when the fleet is quiet and large when there is much to do.
 """
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -19,8 +20,9 @@ from chiffon.dead_letters import DeadLetters
 from chiffon.decoding import undecodable
 from chiffon.encoding import Refusal, decode_heartbeats, encode
 from chiffon.errors import BadMessage, BusUnavailable, RegistryUnavailable, RowRefused
+from chiffon.events import Events
 from chiffon.messages import CANARY, STATUS_UPDATE, StatusUpdate
-from chiffon.registry import Receipt, Registry, Stale
+from chiffon.registry import Receipt, Recorded, Registry
 from chiffon.session import Channel, Session, translated
 from chiffon.topology import INGEST
 
@@ -71,8 +73,10 @@ class Ingest:
 
     Args:
         registry: Where heartbeats go.
+        events: Who is told of agents whose status changed.
         dead_letters: Where refused messages go; never over the connection that consumes, as an
             alarm stops acknowledgements on a connection that publishes.
+        canary_key: Of our own canaries, which tell how long messages are on their way.
         batch_size: The most messages in one commit; twice as many are prefetched.
         batch_seconds: How long a message may wait for others to share its commit.
     """
@@ -80,13 +84,17 @@ class Ingest:
     def __init__(
         self,
         registry: Registry,
+        events: Events,
         dead_letters: DeadLetters,
         *,
+        canary_key: str = "",
         batch_size: int = 500,
         batch_seconds: float = 0.02,
     ) -> None:
         self._registry = registry
+        self._events = events
         self._dead_letters = dead_letters
+        self._canary_key = canary_key
         self._batch_size = batch_size
         self._batch_seconds = batch_seconds
         self._session: Session | None = None
@@ -204,7 +212,9 @@ class Ingest:
             try:
                 await self._record(reading)
                 if reading.canary is not None:
-                    await self._registry.mark_path_fresh(reading.canary.received)
+                    await self._registry.mark_path_fresh(
+                        reading.canary.received, self._delay(reading.canary)
+                    )
             except RegistryUnavailable as error:
                 if trouble != str(error):
                     trouble = str(error)
@@ -221,21 +231,32 @@ class Ingest:
     async def _record(self, reading: _Reading) -> None:
         receipts = reading.receipts()
         try:
-            self._report_stale(await self._registry.record(receipts))
+            self._report(await self._registry.record(receipts))
         except RowRefused:
             for receipt in receipts:
                 await self._record_alone(receipt, reading)
 
     async def _record_alone(self, receipt: Receipt, reading: _Reading) -> None:
         try:
-            self._report_stale(await self._registry.record([receipt]))
+            self._report(await self._registry.record([receipt]))
         except RowRefused as error:
             update, delivery = reading.newest.pop(receipt.update.agent_id)
             refusal = Refusal(encode(update), f"the database refused it: {error}")
             reading.refuse(delivery.message, [refusal])
 
-    def _report_stale(self, stale: Sequence[Stale]) -> None:
-        for one in stale:
+    def _delay(self, canary: _Delivery) -> float | None:
+        """Return how long one of our own canaries was on its way; ``None`` for another's."""
+        if canary.message.routing_key != self._canary_key:
+            return None
+        try:
+            published = float(json.loads(canary.message.body)["published"])
+        except (ValueError, KeyError, TypeError):
+            return None
+        return max(canary.received - published, 0.0)
+
+    def _report(self, recorded: Recorded) -> None:
+        self._events.transitions(recorded.transitions)
+        for one in recorded.stale:
             if one.kept_incarnation is None or one.incarnation >= one.kept_incarnation:
                 continue
             now = time.monotonic()

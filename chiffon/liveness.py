@@ -12,6 +12,16 @@ CANARY_INTERVAL_SECONDS = 2.0
 CANARY_FRESH_SECONDS = 5.0
 """A path whose last canary is older than this has not been proven to work."""
 
+OUTAGE_SHARE = 0.55
+OUTAGE_FEWEST = 2
+"""More than this share of a pool, and more than so many, silent at once are one incident."""
+
+OUTAGE_OVER_SHARE = 0.25
+"""The incident is over when less than this share is still silent."""
+
+OUTAGE_HOLD_SECONDS = 600.0
+"""For so long nobody of such a pool is marked; after that one agent a second."""
+
 FIRST_REDIAL_SECONDS = 0.5
 
 

@@ -30,6 +30,8 @@ CAPACITY_FIND = "capacity.find.v1"
 CAPACITY_AGENT = "capacity.agent.v1"
 CAPACITY_OFFERS = "capacity.offers.v1"
 ERROR = "error.v1"
+AGENT_EVENT = "agent_event.v1"
+FLEET_EVENT = "fleet_event.v1"
 
 MAX_OFFERS = 1_000
 
@@ -335,6 +337,41 @@ class ErrorReply(_Message):
     details: dict[str, Any] = Field(default_factory=dict)
 
 
+# --- The events -------------------------------------------------------------------------------
+
+
+class AgentEvent(_Message):
+    """An agent's status changed, and that is committed. ``at`` is the orchestrator's clock.
+
+    ``reason`` is why it is offline, ``null`` for the other states.
+    """
+
+    agent_id: _Uuid
+    pool_name: str
+    hostname: str | None
+    status: AgentStatus
+    reason: str | None
+    at: _Time
+
+    @property
+    def routing_key(self) -> str:
+        """The key it is published with."""
+        return f"agent.{self.agent_id}.{self.status}"
+
+
+class FleetEvent(_Message):
+    """Most of a pool fell silent at once (``degraded``), or speaks again (``recovered``)."""
+
+    state: Literal["degraded", "recovered"]
+    pool_name: str
+    at: _Time
+
+    @property
+    def routing_key(self) -> str:
+        """The key it is published with."""
+        return f"fleet.{self.state}"
+
+
 BODIES: dict[str, type[BaseModel]] = {
     STATUS_UPDATE: StatusUpdate,
     CAPACITY_SHOW: CapacityShow,
@@ -342,6 +379,8 @@ BODIES: dict[str, type[BaseModel]] = {
     CAPACITY_AGENT: AgentCapacity,
     CAPACITY_OFFERS: CapacityOffers,
     ERROR: ErrorReply,
+    AGENT_EVENT: AgentEvent,
+    FLEET_EVENT: FleetEvent,
 }
 """Every message of the contract by its AMQP ``type``."""
 

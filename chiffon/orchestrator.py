@@ -16,6 +16,7 @@ from uuid import uuid4
 from chiffon import migrations
 from chiffon.capacity import OrchestratorService
 from chiffon.dead_letters import DeadLetters
+from chiffon.events import Events
 from chiffon.ingest import Ingest
 from chiffon.link import Link
 from chiffon.provisioning import ensure
@@ -24,6 +25,7 @@ from chiffon.responder import Responder
 from chiffon.session import Session, dial_any
 from chiffon.settings import Settings, describe
 from chiffon.sweeper import Canary, Sweeper
+from chiffon.topology import canary_key
 from chiffon.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -63,9 +65,12 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
         outgoing = await stack.enter_async_context(Link(amqp_url, name=f"{name} publishes"))
         answers = await stack.enter_async_context(Link(amqp_url, name=f"{name} answers"))
         dead_letters = DeadLetters(outgoing)
+        events = Events(outgoing)
         ingest = Ingest(
             registry,
+            events,
             dead_letters,
+            canary_key=canary_key(orchestrator_id),
             batch_size=settings.ingest_batch_size,
             batch_seconds=settings.ingest_batch_seconds,
         )
@@ -85,10 +90,17 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
         await stack.enter_async_context(Link(amqp_url, name=f"{name} consumes", prepare=consume))
         broker, database = describe(settings.amqp_url), describe(settings.database_url)
         log.info("orchestrator %s: broker %s, database %s", orchestrator_id, broker, database)
-        sweeper = Sweeper(registry, interval_seconds=settings.sweep_interval_seconds)
+        sweeper = Sweeper(
+            registry,
+            events,
+            interval_seconds=settings.sweep_interval_seconds,
+            outage_share=settings.outage_share,
+            outage_hold_seconds=settings.outage_hold_seconds,
+        )
         others = {
             "sweeper": sweeper.run(),
             "canary": Canary(outgoing, orchestrator_id).run(),
+            "events": events.run(),
             "watchdog": Watchdog(ingest, outgoing).run(),
         }
         await _run_parts(ingest, responder, others, stopped)

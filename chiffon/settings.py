@@ -82,6 +82,8 @@ class Settings(BaseSettings):
     ingest_batch_size: int = Field(500, ge=1, le=1_000)
     ingest_batch_seconds: float = Field(0.02, ge=0, le=1, allow_inf_nan=False)
     sweep_interval_seconds: float = Field(1.0, ge=0.1, le=60, allow_inf_nan=False)
+    outage_share: float = Field(0.55, gt=0, le=1, allow_inf_nan=False)
+    outage_hold_seconds: float = Field(600.0, ge=0, le=86_400, allow_inf_nan=False)
     reply_forms: Words = Field(
         default_factory=lambda: list(REPLY_FORMS),
         description="Which forms of reply_to the responder writes to.",

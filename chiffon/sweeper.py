@@ -6,15 +6,18 @@ every agent has its own full lease to speak again. The rule itself is one SQL st
 """
 
 import asyncio
+import json
 import logging
+import time
 from uuid import UUID
 
 from chiffon import liveness
 from chiffon.bus import Properties, Publisher
 from chiffon.errors import BusUnavailable, RegistryUnavailable
+from chiffon.events import Events
 from chiffon.link import Link
 from chiffon.messages import CANARY
-from chiffon.registry import Registry, Silenced
+from chiffon.registry import Registry, Swept
 from chiffon.topology import HEARTBEATS, canary_key
 
 log = logging.getLogger(__name__)
@@ -29,12 +32,26 @@ class Sweeper:
 
     Args:
         registry: Where the fleet is.
+        events: Who is told what changed.
         interval_seconds: Between two passes.
+        outage_share: Of a pool; more than that silent at once is one incident.
+        outage_hold_seconds: How long the transitions of such a pool are held.
     """
 
-    def __init__(self, registry: Registry, *, interval_seconds: float = 1.0) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        events: Events,
+        *,
+        interval_seconds: float = 1.0,
+        outage_share: float = liveness.OUTAGE_SHARE,
+        outage_hold_seconds: float = liveness.OUTAGE_HOLD_SECONDS,
+    ) -> None:
         self._registry = registry
+        self._events = events
         self._interval = interval_seconds
+        self._outage_share = outage_share
+        self._outage_hold_seconds = outage_hold_seconds
 
     async def run(self) -> None:
         """Sweep until cancelled; a database that is away is waited for."""
@@ -49,25 +66,34 @@ class Sweeper:
                     trouble = str(error)
                     log.warning("no sweep: %s", trouble)
 
-    async def sweep(self) -> list[Silenced]:
-        """Make one pass.
-
-        Returns:
-            The agents that this pass marked offline.
+    async def sweep(self) -> Swept:
+        """Make one pass, and tell of what it changed.
 
         Raises:
             RegistryUnavailable: The database is away; nobody was marked.
         """
-        silenced = await self._registry.mark_silent()
-        for one in silenced:
-            silence = one.silence_seconds
+        swept = await self._registry.mark_silent(
+            share=self._outage_share, hold_seconds=self._outage_hold_seconds
+        )
+        for one in swept.transitions:
             log.info(
                 "agent %s (%s) is offline: %s",
                 one.agent_id,
                 one.hostname or "host unknown",
-                "never heard of" if silence is None else f"silent for {silence:.1f} s",
+                one.reason,
             )
-        return silenced
+        for pool_name in swept.frozen:
+            log.error(
+                "most of pool %s fell silent at once: its agents are not marked offline for %g s",
+                pool_name,
+                self._outage_hold_seconds,
+            )
+        for pool_name in swept.thawed:
+            log.warning("pool %s speaks again: everybody in it has a lease of grace", pool_name)
+        self._events.transitions(swept.transitions)
+        self._events.pools("degraded", swept.frozen)
+        self._events.pools("recovered", swept.thawed)
+        return swept
 
 
 class Canary:
@@ -103,7 +129,8 @@ class Canary:
             BusUnavailable: Not confirmed within 2 s.
         """
         await self._publisher.publish(
-            b"{}",
+            # The time is for whoever published it: of nobody else's clock it says anything.
+            json.dumps({"published": time.monotonic()}).encode(),
             exchange=HEARTBEATS,
             routing_key=self._key,
             properties=Properties(

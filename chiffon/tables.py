@@ -153,6 +153,8 @@ class AgentRegistry(SQLModel, table=True):
     interval_seconds: float = Field(default=5.0, sa_column=_number("5"))
     lease_seconds: float = Field(default=15.0, sa_column=_number("15"))
     drained: bool = Field(default=False, sa_column=_flag("false"))
+    status_reason: str | None = Field(default=None, sa_type=Text)
+    status_changed_at: datetime | None = Field(default=None, sa_column=_moment())
     free_vram_gb: float | None = Field(
         default=None, sa_column=_computed(free_sql("gpu_vram_available_gb", missing="0"))
     )
@@ -175,6 +177,7 @@ class IngestPath(SQLModel, table=True):
 
     ``fresh_since`` is when that began without a gap; no agent is judged silent by what it did not
     say before then. Until ``grace_until`` some agent's fresh lease is still running.
+    ``queue_delay_seconds`` is how long that canary was on its way.
     """
 
     __tablename__ = "ingest_path"
@@ -187,3 +190,18 @@ class IngestPath(SQLModel, table=True):
     fresh_at: datetime = Field(sa_column=_moment(nullable=False))
     fresh_since: datetime = Field(sa_column=_moment(nullable=False))
     grace_until: datetime = Field(sa_column=_moment(nullable=False))
+    queue_delay_seconds: float | None = Field(default=None, sa_type=Float)
+
+
+class PoolState(SQLModel, table=True):
+    """A pool of which most fell silent at once; no row for a pool that never did.
+
+    While ``thawed_at`` is null nobody in it is marked for silence; from then on everybody has a
+    lease of grace.
+    """
+
+    __tablename__ = "pool_state"
+
+    pool_name: str = Field(sa_column=Column(Text, primary_key=True))
+    frozen_at: datetime = Field(sa_column=_moment(nullable=False))
+    thawed_at: datetime | None = Field(default=None, sa_column=_moment())

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def agent_data(agent: "AgentRow") -> dict[str, Any]:
     """Return an agent as JSON has it; times as ISO 8601, ages in seconds."""
     data = asdict(agent)
-    for name in ("sent_at", "last_heartbeat_at"):
+    for name in ("sent_at", "last_heartbeat_at", "status_changed_at"):
         data[name] = data[name].isoformat() if data[name] is not None else None
     data["agent_id"] = str(agent.agent_id)
     data["heartbeat_age_seconds"] = data.pop("age_seconds")
@@ -101,7 +101,10 @@ def _metric(name: str) -> Any:
 def _status(row: Row) -> str:
     # The sweep will mark it offline; until then it is not offered either.
     is_missed = row["is_silent"] and row["status"] != "offline"
-    return f"{row['status']}, silent" if is_missed else str(row["status"])
+    if is_missed:
+        return f"{row['status']}, silent"
+    reason = f": {row['status_reason']}" if row["status_reason"] else ""
+    return f"{row['status']}{reason}"
 
 
 def _vram(row: Row) -> str:

@@ -95,7 +95,7 @@ async def test_only_a_newer_heartbeat_changes_anything(
 
     second = update(agent_id, incarnation=later[0], sequence=later[1], hostname="second")
 
-    stale = await registry.record([Receipt(second, time.monotonic())])
+    stale = (await registry.record([Receipt(second, time.monotonic())])).stale
 
     after = await row(database, agent_id)
     assert (after != before) == applies
@@ -200,12 +200,12 @@ async def test_silence_is_judged_by_each_agents_own_lease(
     await make_silent(database, early.agent_id, limit - 1)
     await make_silent(database, late.agent_id, limit + 1)
 
-    silenced = await registry.mark_silent()
+    silenced = (await registry.mark_silent()).transitions
 
     assert [one.agent_id for one in silenced] == [late.agent_id]
     assert (await row(database, early.agent_id))["status"] == "online"
     assert (await row(database, late.agent_id))["status"] == "offline"
-    assert await registry.mark_silent() == []
+    assert (await registry.mark_silent()).transitions == []
 
 
 async def test_nobody_is_judged_while_no_canary_comes_through(
@@ -215,13 +215,13 @@ async def test_nobody_is_judged_while_no_canary_comes_through(
     await record(registry, sent)
     await make_silent(database, sent.agent_id, 10_000)
 
-    assert await registry.mark_silent() == []  # no canary ever
+    assert (await registry.mark_silent()).transitions == []  # no canary ever
     await prove_path(registry, database, 10_000)
     await database.execute(
         "UPDATE ingest_path SET fresh_at = now() - $1 * interval '1 second'",
         liveness.CANARY_FRESH_SECONDS + 0.1,
     )
-    assert await registry.mark_silent() == []  # none lately
+    assert (await registry.mark_silent()).transitions == []  # none lately
 
 
 async def test_after_a_gap_every_agent_has_its_own_full_lease_again(
@@ -236,7 +236,7 @@ async def test_after_a_gap_every_agent_has_its_own_full_lease_again(
 
     await registry.mark_path_fresh(time.monotonic())
 
-    assert await registry.mark_silent() == []
+    assert (await registry.mark_silent()).transitions == []
     path = await database.fetchrow(
         "SELECT extract(epoch FROM now() - fresh_since)::float8 AS since,"
         " extract(epoch FROM grace_until - now())::float8 AS grace FROM ingest_path"
@@ -246,7 +246,7 @@ async def test_after_a_gap_every_agent_has_its_own_full_lease_again(
     assert 230 < path["grace"] <= liveness.offline_after(liveness.lease(60.0))
 
     await database.execute("UPDATE ingest_path SET fresh_since = now() - interval '7 seconds'")
-    assert [one.agent_id for one in await registry.mark_silent()] == [quick.agent_id]
+    assert [one.agent_id for one in (await registry.mark_silent()).transitions] == [quick.agent_id]
 
 
 async def test_a_canary_without_a_gap_leaves_the_beginning_alone(
@@ -286,9 +286,9 @@ async def test_two_sweeps_at_once_report_each_transition_once(
     )
     await prove_path(registry, database, 10_000)
 
-    reports = await asyncio.gather(*(registry.mark_silent() for _ in range(6)))
+    reports = await asyncio.gather(*(registry.mark_silent(share=1.0) for _ in range(6)))
 
-    marked = [one.agent_id for report in reports for one in report]
+    marked = [one.agent_id for report in reports for one in report.transitions]
     assert len(marked) == len(set(marked)) == 200
 
 

@@ -31,7 +31,11 @@ def row(metrics: Any) -> AgentRow:
         last_heartbeat_at=None,
         resource_metrics=metrics,
         performance_score=0.0,
+        status_reason=None,
+        status_changed_at=None,
         age_seconds=None,
+        clock_skew_seconds=None,
+        queue_delay_seconds=None,
     )
 
 

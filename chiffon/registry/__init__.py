@@ -7,10 +7,11 @@ Each method is one round trip. Statements that update several agents lock them i
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -26,146 +27,19 @@ from chiffon.errors import (
     RowRefused,
     TablesMissing,
 )
-from chiffon.messages import CapacityQuery, StatusUpdate
+from chiffon.messages import AgentStatus, CapacityQuery, StatusUpdate
+from chiffon.registry.statements import (
+    FIND,
+    LIST,
+    MARK_PATH_FRESH,
+    MARK_SILENT,
+    RECORD,
+    SETTLE_GRACE,
+    SHOW,
+    THAW,
+)
 
 ANSWER_SECONDS = 5.0
-
-# The arithmetic of liveness.py, in SQL: a lease, four thirds of it before an agent is marked
-# offline, and 5 s for which a canary proves the path. The tests compare the two.
-
-RECORD = """
-WITH batch AS MATERIALIZED (
-  SELECT * FROM unnest(
-    $1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[],
-    $8::bigint[], $9::bigint[], $10::timestamptz[], $11::float8[], $12::float8[], $13::float8[],
-    $14::text[]
-  ) AS b (agent_id, agent_type, pool_name, capabilities, status, hostname, agent_version,
-          incarnation, sequence, sent_at, interval_seconds, lease_seconds, held_seconds, resources)
-), applied AS (
-  INSERT INTO agent_registry AS r (
-    agent_id, agent_type, pool_name, capabilities, status, hostname, agent_version, incarnation,
-    sequence, sent_at, interval_seconds, lease_seconds, last_heartbeat_at, resource_metrics)
-  SELECT agent_id, agent_type, pool_name, capabilities::jsonb, status, hostname, agent_version,
-         incarnation, sequence, sent_at, interval_seconds, lease_seconds,
-         -- now(), not statement_timestamp(): each is taken when the server gets a message of the
-         -- protocol, the former at Bind and the latter again at Execute, after Bind has waited
-         -- for whoever locks the table. Alone in its transaction, a statement has both.
-         now() - held_seconds * interval '1 second',
-         coalesce(resources::jsonb, '{}')
-    FROM batch
-   -- What outlived its lease in our hands tells nothing of the present; a farewell always does.
-   WHERE status = 'offline' OR held_seconds < lease_seconds
-   ORDER BY agent_id
-  ON CONFLICT (agent_id) DO UPDATE SET
-    agent_type = excluded.agent_type, pool_name = excluded.pool_name,
-    capabilities = excluded.capabilities, status = excluded.status,
-    hostname = excluded.hostname, agent_version = excluded.agent_version,
-    incarnation = excluded.incarnation, sequence = excluded.sequence,
-    sent_at = excluded.sent_at, interval_seconds = excluded.interval_seconds,
-    lease_seconds = excluded.lease_seconds, last_heartbeat_at = excluded.last_heartbeat_at,
-    resource_metrics = CASE
-      WHEN excluded.status = 'offline' AND excluded.resource_metrics = '{}'
-      THEN r.resource_metrics ELSE excluded.resource_metrics END
-  WHERE (r.incarnation, r.sequence) < (excluded.incarnation, excluded.sequence)
-  RETURNING agent_id
-)
-SELECT b.agent_id, b.incarnation, r.incarnation AS kept_incarnation
-  FROM batch b LEFT JOIN agent_registry r USING (agent_id)
- WHERE b.agent_id NOT IN (SELECT agent_id FROM applied)
-"""
-
-MARK_PATH_FRESH = """
-INSERT INTO ingest_path AS p (fresh_at, fresh_since, grace_until)
-SELECT now() - $1 * interval '1 second', statement_timestamp(),
-       statement_timestamp() + coalesce((
-         SELECT max(r.lease_seconds * 4 / 3 * interval '1 second') FROM agent_registry r
-          WHERE r.status IN ('online', 'busy') AND NOT EXISTS (SELECT FROM ingest_path)
-       ), interval '0')
-ON CONFLICT (only_row) DO UPDATE SET
-  -- A last canary from the future: the clock was set back, which is a gap like any other.
-  fresh_at = CASE WHEN p.fresh_at > statement_timestamp() + interval '1 second'
-    THEN excluded.fresh_at ELSE greatest(p.fresh_at, excluded.fresh_at) END,
-  fresh_since = CASE WHEN statement_timestamp() - p.fresh_at
-      NOT BETWEEN interval '-1 second' AND interval '5 seconds'
-    THEN statement_timestamp() ELSE p.fresh_since END,
-  grace_until = CASE WHEN statement_timestamp() - p.fresh_at
-      NOT BETWEEN interval '-1 second' AND interval '5 seconds'
-    THEN statement_timestamp() + coalesce((
-      SELECT max(r.lease_seconds * 4 / 3 * interval '1 second') FROM agent_registry r
-       WHERE r.status IN ('online', 'busy')
-    ), interval '0') ELSE p.grace_until END
-"""
-
-SETTLE_GRACE = """
-UPDATE ingest_path p SET grace_until = least(p.grace_until, coalesce((
-    SELECT max(p.fresh_since + r.lease_seconds * 4 / 3 * interval '1 second') FROM agent_registry r
-     WHERE r.status IN ('online', 'busy')
-       AND coalesce(r.last_heartbeat_at < p.fresh_since, true)
-  ), statement_timestamp()))
- WHERE p.grace_until > statement_timestamp()
-"""
-
-MARK_SILENT = """
-UPDATE agent_registry SET status = 'offline'
- WHERE agent_id IN (
-   SELECT r.agent_id FROM agent_registry r CROSS JOIN ingest_path p
-    WHERE r.status IN ('online', 'busy')
-      AND p.fresh_at > statement_timestamp() - interval '5 seconds'
-      AND statement_timestamp() - greatest(p.fresh_since, CASE
-            WHEN r.last_heartbeat_at <= statement_timestamp() + interval '5 seconds'
-            THEN r.last_heartbeat_at END)
-          > r.lease_seconds * 4 / 3 * interval '1 second'
-    ORDER BY r.agent_id FOR UPDATE OF r SKIP LOCKED)
-RETURNING agent_id, hostname, pool_name,
-  extract(epoch FROM statement_timestamp() - last_heartbeat_at)::float8 AS silence_seconds
-"""
-
-FIND = """
-WITH header AS (
-  SELECT statement_timestamp() AS as_of,
-         coalesce((SELECT fresh_at <= statement_timestamp() - interval '5 seconds'
-                       OR grace_until > statement_timestamp() FROM ingest_path), true) AS degraded,
-         ARRAY(SELECT agent_id FROM agent_registry
-                WHERE NOT metrics_sound AND status = 'online' LIMIT 10
-              ) AS malformed
-), offers AS (
-  SELECT r.agent_id, r.agent_type, r.pool_name, r.hostname, r.status, r.resource_metrics,
-         r.performance_score, r.last_heartbeat_at, r.free_vram_gb, r.free_cores
-    FROM agent_registry r
-   WHERE r.status = 'online' AND r.metrics_sound AND NOT r.drained
-     AND r.last_heartbeat_at > statement_timestamp() - r.lease_seconds * interval '1 second'
-     AND r.last_heartbeat_at < statement_timestamp() + interval '5 seconds'
-     AND r.free_vram_gb >= $1 AND r.free_cores >= $2 AND r.free_memory_gb >= $3
-     AND r.free_single_gpu_vram_gb >= $9
-     AND ($4::text IS NULL OR r.agent_type = $4)
-     AND ($5::text IS NULL OR r.pool_name = $5)
-     AND ($6::text IS NULL OR r.resource_metrics ->> 'gpu_type' = $6)
-     AND r.capabilities @> $7::jsonb
-   ORDER BY r.free_vram_gb DESC, r.free_cores DESC, r.performance_score DESC, r.agent_id
-   LIMIT $8
-)
-SELECT header.*, offers.*,
-       extract(epoch FROM header.as_of - offers.last_heartbeat_at)::float8 AS age_seconds
-  FROM header LEFT JOIN offers ON true
- ORDER BY free_vram_gb DESC, free_cores DESC, performance_score DESC, agent_id
-"""
-
-_AGENT = """
-SELECT r.agent_id, r.agent_type, r.pool_name, r.capabilities, r.status, r.hostname,
-       r.agent_version, r.incarnation, r.sequence, r.sent_at, r.interval_seconds,
-       r.lease_seconds, r.drained, r.last_heartbeat_at, r.resource_metrics, r.performance_score,
-       extract(epoch FROM statement_timestamp() - r.last_heartbeat_at)::float8 AS age_seconds
-  FROM agent_registry r
-"""
-SHOW = _AGENT + " WHERE r.agent_id = $1"
-LIST = (
-    _AGENT
-    + """
- WHERE ($1::text IS NULL OR r.status = $1) AND ($2::text IS NULL OR r.pool_name = $2)
-   AND ($3::text IS NULL OR r.agent_type = $3)
- ORDER BY r.pool_name, r.hostname, r.agent_id
-"""
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,18 +64,45 @@ class Stale:
 
 
 @dataclass(frozen=True, slots=True)
-class Silenced:
-    """An agent that was just marked offline for its silence; ``None``: it never spoke."""
+class Transition:
+    """A change of an agent's status that is committed, told to exactly one orchestrator.
+
+    ``reason`` is why it is offline: ``farewell``, ``missed 4 heartbeats``, ``connection closed``,
+    ``never heard of``; ``None`` for the other states.
+    """
 
     agent_id: UUID
     hostname: str | None
     pool_name: str
-    silence_seconds: float | None
+    status: AgentStatus
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What became of a batch: what changed nothing, and whose status changed."""
+
+    stale: list[Stale]
+    transitions: list[Transition]
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What one pass changed: agents marked offline, pools that are held, pools that are let go."""
+
+    transitions: list[Transition]
+    frozen: list[str]
+    thawed: list[str]
 
 
 @dataclass(frozen=True, slots=True)
 class AgentRow:
-    """One agent as the registry has it. Ages are seconds on the database's clock."""
+    """One agent as the registry has it. Ages are seconds on the database's clock.
+
+    ``clock_skew_seconds`` is by how much the agent's clock was ahead of the database's at its last
+    heartbeat, less the time that this was on its way: about ``queue_delay_seconds``, which is
+    measured with the canary and the same for all.
+    """
 
     agent_id: UUID
     agent_type: str
@@ -219,7 +120,11 @@ class AgentRow:
     last_heartbeat_at: datetime | None
     resource_metrics: Any
     performance_score: float
+    status_reason: str | None
+    status_changed_at: datetime | None
     age_seconds: float | None
+    clock_skew_seconds: float | None
+    queue_delay_seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +182,7 @@ class Registry:
             except TimeoutError:
                 pool.terminate()
 
-    async def record(self, batch: Sequence[Receipt]) -> list[Stale]:
+    async def record(self, batch: Sequence[Receipt]) -> Recorded:
         """Apply heartbeats: one statement, in effect when this returns.
 
         Args:
@@ -285,19 +190,27 @@ class Registry:
 
         Returns:
             Those that were not applied: not newer than what the registry holds, or held here
-            for longer than their lease. They touched nothing.
+            for longer than their lease; they touched nothing. And the agents whose status changed.
 
         Raises:
             RowRefused: PostgreSQL cannot store one of them; none was applied.
         """
         if not batch:
-            return []
+            return Recorded([], [])
         async with self._connection() as connection:
             await self._prepare_on(connection)
             now = time.monotonic()
             columns = zip(*(_columns(receipt, now) for receipt in batch), strict=True)
             rows = await connection.fetch(RECORD, *(list(column) for column in columns))
-        return [Stale(*row) for row in rows]
+        updates = {receipt.update.agent_id: receipt.update for receipt in batch}
+        return Recorded(
+            [
+                Stale(row["agent_id"], row["incarnation"], row["kept_incarnation"])
+                for row in rows
+                if row["is_stale"]
+            ],
+            [_transition(updates[row["agent_id"]]) for row in rows if row["is_changed"]],
+        )
 
     async def _prepare_on(self, connection: "PoolConnectionProxy[asyncpg.Record]") -> None:
         # The server parses a statement at its first use on a connection, and may wait for a lock
@@ -307,28 +220,62 @@ class Registry:
             await connection.fetch(RECORD, *([] for _ in range(14)))
             self._prepared_on.add(backend)
 
-    async def mark_path_fresh(self, received: float) -> None:
+    async def mark_path_fresh(self, received: float, delay_seconds: float | None = None) -> None:
         """Note that a canary went the whole way to the database.
 
         After a gap of more than 5 s every agent has its own full lease to speak again.
 
         Args:
             received: When this process received it, seconds of ``time.monotonic``.
+            delay_seconds: How long it was on its way to us, if that is known.
         """
         async with self._connection() as connection:
-            await connection.fetch(MARK_PATH_FRESH, time.monotonic() - received)
+            await connection.fetch(MARK_PATH_FRESH, time.monotonic() - received, delay_seconds)
 
-    async def mark_silent(self) -> list[Silenced]:
+    async def mark_silent(
+        self,
+        closed: Mapping[UUID, float] = MappingProxyType({}),
+        *,
+        share: float = liveness.OUTAGE_SHARE,
+        hold_seconds: float = liveness.OUTAGE_HOLD_SECONDS,
+    ) -> Swept:
         """Move every silent agent offline, if the path from the agents to us is proven.
+
+        When more than ``share`` of a pool, and more than two agents, fall silent within a lease,
+        that is one incident: the pool's transitions are held, for ``hold_seconds`` at most, and
+        then made one a second. When its agents speak again, everybody has a lease of grace.
 
         One statement, so any number of orchestrators may run it at once and each transition is
         returned to exactly one of them. No leader is needed.
 
+        Args:
+            closed: Agents whose connection closed, and how many seconds ago. Those that have said
+                nothing since are as silent as if their lease had passed.
+            share: Of a pool's agents, 0 to 1.
+            hold_seconds: How long a pool's transitions are held.
+
         Returns:
-            The agents whose status changed; empty almost always.
+            What changed; empty almost always.
         """
         await self._fetch(SETTLE_GRACE)
-        return [Silenced(*row) for row in await self._fetch(MARK_SILENT)]
+        thawed = await self._fetch(THAW, liveness.OUTAGE_OVER_SHARE)
+        rows = await self._fetch(
+            MARK_SILENT,
+            share,
+            liveness.OUTAGE_FEWEST,
+            hold_seconds,
+            list(closed),
+            list(closed.values()),
+        )
+        return Swept(
+            [
+                Transition(row[0], row[1], row[2], "offline", row[3])
+                for row in rows
+                if row["agent_id"] is not None
+            ],
+            [row["pool_name"] for row in rows if row["agent_id"] is None],
+            [row["pool_name"] for row in thawed],
+        )
 
     async def find(self, query: CapacityQuery, most: int) -> Found:
         """Return the agents that can take ``query`` now, best first.
@@ -430,6 +377,11 @@ def _columns(receipt: Receipt, now: float) -> tuple[Any, ...]:
         now - receipt.received,
         update.resources.model_dump_json() if update.resources is not None else None,
     )
+
+
+def _transition(update: StatusUpdate) -> Transition:
+    reason = "farewell" if update.is_farewell else None
+    return Transition(update.agent_id, update.hostname, update.pool_name, update.status, reason)
 
 
 def _agent(row: asyncpg.Record) -> AgentRow:

@@ -1,0 +1,97 @@
+"""Telling others what changed: agents that came, went or became busy; pools that fell silent.
+
+An event is published after the commit that it tells of. It is a hint, not a record: while the
+broker is away the newest wait here, up to a bound, and those of an orchestrator that is killed
+are lost. What is true stands in the registry.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Literal
+
+from chiffon.bus import Properties, Publisher
+from chiffon.encoding import encode
+from chiffon.errors import BusUnavailable
+from chiffon.link import Link
+from chiffon.messages import AGENT_EVENT, FLEET_EVENT, AgentEvent, FleetEvent
+from chiffon.registry import Transition
+from chiffon.topology import EVENTS
+
+log = logging.getLogger(__name__)
+
+MOST_WAITING = 10_000
+CONFIRM_SECONDS = 2.0
+AT_ONCE = 100
+
+
+class Events:
+    """Publishes events in the order in which they are told.
+
+    Args:
+        outgoing: The connection to publish on.
+    """
+
+    def __init__(self, outgoing: Link) -> None:
+        self._publisher = Publisher(outgoing)
+        self._waiting: deque[AgentEvent | FleetEvent] = deque(maxlen=MOST_WAITING)
+        self._told = asyncio.Event()
+
+    def transitions(self, transitions: Iterable[Transition]) -> None:
+        """Tell of agents whose status changed."""
+        now = datetime.now(UTC)
+        self._tell(
+            AgentEvent(
+                agent_id=one.agent_id,
+                pool_name=one.pool_name,
+                hostname=one.hostname,
+                status=one.status,
+                reason=one.reason,
+                at=now,
+            )
+            for one in transitions
+        )
+
+    def pools(self, state: Literal["degraded", "recovered"], pool_names: Iterable[str]) -> None:
+        """Tell of pools of which most fell silent at once, or spoke again."""
+        now = datetime.now(UTC)
+        self._tell(FleetEvent(state=state, pool_name=name, at=now) for name in pool_names)
+
+    def _tell(self, events: Iterable[AgentEvent | FleetEvent]) -> None:
+        before = len(self._waiting)
+        self._waiting.extend(events)
+        if before < MOST_WAITING == len(self._waiting):
+            log.warning("more than %d events wait: the oldest are dropped", MOST_WAITING)
+        self._told.set()
+
+    async def run(self) -> None:
+        """Publish until cancelled; a broker that is away is waited for."""
+        while True:
+            await self._told.wait()
+            self._told.clear()
+            while self._waiting:
+                batch = [self._waiting.popleft() for _ in range(min(AT_ONCE, len(self._waiting)))]
+                try:
+                    await asyncio.gather(*(self._publish(event) for event in batch))
+                except BusUnavailable as error:
+                    log.debug("events wait: %s", error)
+                    # Some of them may have gone out: better twice than not at all.
+                    self._waiting.extendleft(reversed(batch))
+                    await asyncio.sleep(CONFIRM_SECONDS)
+
+    async def _publish(self, event: AgentEvent | FleetEvent) -> None:
+        is_agent = isinstance(event, AgentEvent)
+        await self._publisher.publish(
+            encode(event),
+            exchange=EVENTS,
+            routing_key=event.routing_key,
+            properties=Properties(
+                message_type=AGENT_EVENT if is_agent else FLEET_EVENT,
+                content_type="application/json",
+                delivery_mode=1,
+            ),
+            timeout=CONFIRM_SECONDS,
+            mandatory=False,
+        )

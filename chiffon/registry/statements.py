@@ -1,0 +1,230 @@
+"""The SQL of the registry. Times are the database's; agents are locked in the order of ids."""
+
+# The arithmetic of liveness.py, in SQL: a lease, four thirds of it before an agent is marked
+# offline, and 5 s for which a canary proves the path. The tests compare the two.
+
+RECORD = """
+WITH batch AS MATERIALIZED (
+  SELECT * FROM unnest(
+    $1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[],
+    $8::bigint[], $9::bigint[], $10::timestamptz[], $11::float8[], $12::float8[], $13::float8[],
+    $14::text[]
+  ) AS b (agent_id, agent_type, pool_name, capabilities, status, hostname, agent_version,
+          incarnation, sequence, sent_at, interval_seconds, lease_seconds, held_seconds, resources)
+), applied AS (
+  INSERT INTO agent_registry AS r (
+    agent_id, agent_type, pool_name, capabilities, status, hostname, agent_version, incarnation,
+    sequence, sent_at, interval_seconds, lease_seconds, last_heartbeat_at, resource_metrics,
+    status_reason, status_changed_at)
+  SELECT agent_id, agent_type, pool_name, capabilities::jsonb, status, hostname, agent_version,
+         incarnation, sequence, sent_at, interval_seconds, lease_seconds,
+         -- now(), not statement_timestamp(): each is taken when the server gets a message of the
+         -- protocol, the former at Bind and the latter again at Execute, after Bind has waited
+         -- for whoever locks the table. Alone in its transaction, a statement has both.
+         now() - held_seconds * interval '1 second',
+         coalesce(resources::jsonb, '{}'),
+         CASE status WHEN 'offline' THEN 'farewell' END, now()
+    FROM batch
+   -- What outlived its lease in our hands tells nothing of the present; a farewell always does.
+   WHERE status = 'offline' OR held_seconds < lease_seconds
+   ORDER BY agent_id
+  ON CONFLICT (agent_id) DO UPDATE SET
+    agent_type = excluded.agent_type, pool_name = excluded.pool_name,
+    capabilities = excluded.capabilities, status = excluded.status,
+    hostname = excluded.hostname, agent_version = excluded.agent_version,
+    incarnation = excluded.incarnation, sequence = excluded.sequence,
+    sent_at = excluded.sent_at, interval_seconds = excluded.interval_seconds,
+    lease_seconds = excluded.lease_seconds, last_heartbeat_at = excluded.last_heartbeat_at,
+    resource_metrics = CASE
+      WHEN excluded.status = 'offline' AND excluded.resource_metrics = '{}'
+      THEN r.resource_metrics ELSE excluded.resource_metrics END,
+    status_reason = excluded.status_reason,
+    status_changed_at = CASE WHEN r.status = excluded.status
+      THEN r.status_changed_at ELSE excluded.status_changed_at END
+  WHERE (r.incarnation, r.sequence) < (excluded.incarnation, excluded.sequence)
+  -- Of the row as it was locked, so that each change is told by exactly one statement.
+  RETURNING agent_id, status_changed_at = now() AS is_changed
+)
+SELECT b.agent_id, coalesce(a.is_changed, false) AS is_changed, a.agent_id IS NULL AS is_stale,
+       b.incarnation, r.incarnation AS kept_incarnation
+  FROM batch b LEFT JOIN applied a USING (agent_id) LEFT JOIN agent_registry r USING (agent_id)
+ WHERE a.is_changed IS NOT FALSE
+"""
+
+MARK_PATH_FRESH = """
+INSERT INTO ingest_path AS p (queue_delay_seconds, fresh_at, fresh_since, grace_until)
+SELECT $2::float8, now() - $1 * interval '1 second', statement_timestamp(),
+       statement_timestamp() + coalesce((
+         SELECT max(r.lease_seconds * 4 / 3 * interval '1 second') FROM agent_registry r
+          WHERE r.status IN ('online', 'busy') AND NOT EXISTS (SELECT FROM ingest_path)
+       ), interval '0')
+ON CONFLICT (only_row) DO UPDATE SET
+  queue_delay_seconds = coalesce(excluded.queue_delay_seconds, p.queue_delay_seconds),
+  -- A last canary from the future: the clock was set back, which is a gap like any other.
+  fresh_at = CASE WHEN p.fresh_at > statement_timestamp() + interval '1 second'
+    THEN excluded.fresh_at ELSE greatest(p.fresh_at, excluded.fresh_at) END,
+  fresh_since = CASE WHEN statement_timestamp() - p.fresh_at
+      NOT BETWEEN interval '-1 second' AND interval '5 seconds'
+    THEN statement_timestamp() ELSE p.fresh_since END,
+  grace_until = CASE WHEN statement_timestamp() - p.fresh_at
+      NOT BETWEEN interval '-1 second' AND interval '5 seconds'
+    THEN statement_timestamp() + coalesce((
+      SELECT max(r.lease_seconds * 4 / 3 * interval '1 second') FROM agent_registry r
+       WHERE r.status IN ('online', 'busy')
+    ), interval '0') ELSE p.grace_until END
+"""
+
+SETTLE_GRACE = """
+UPDATE ingest_path p SET grace_until = least(p.grace_until, coalesce((
+    SELECT max(p.fresh_since + r.lease_seconds * 4 / 3 * interval '1 second') FROM agent_registry r
+     WHERE r.status IN ('online', 'busy')
+       AND coalesce(r.last_heartbeat_at < p.fresh_since, true)
+  ), statement_timestamp()))
+ WHERE p.grace_until > statement_timestamp()
+"""
+
+THAW = """
+UPDATE pool_state s SET thawed_at = statement_timestamp()
+ WHERE s.thawed_at IS NULL
+   AND EXISTS (
+     SELECT FROM ingest_path WHERE fresh_at > statement_timestamp() - interval '5 seconds')
+   AND coalesce((
+     SELECT avg((coalesce(r.last_heartbeat_at, '-infinity')
+                 < statement_timestamp() - r.lease_seconds * interval '1 second')::int)
+       FROM agent_registry r
+      WHERE r.pool_name = s.pool_name AND r.status IN ('online', 'busy')
+   ), 0) < $1::float8
+RETURNING pool_name
+"""
+
+# One statement on one snapshot: who is silent, whether that is the outage of a pool, and whom to
+# mark. An agent whose connection closed ($4, with the seconds since, $5) and which has said nothing
+# since then is as silent as one that let its lease pass.
+MARK_SILENT = """
+WITH path AS (
+  SELECT fresh_since FROM ingest_path
+   WHERE fresh_at > statement_timestamp() - interval '5 seconds'
+), closed AS (
+  SELECT agent_id, statement_timestamp() - seconds * interval '1 second' AS closed_at
+    FROM unnest($4::uuid[], $5::float8[]) AS c (agent_id, seconds)
+), alive AS MATERIALIZED (
+  SELECT r.agent_id, r.pool_name, r.lease_seconds, s.frozen_at, s.thawed_at,
+         extract(epoch FROM statement_timestamp() - greatest(path.fresh_since, s.thawed_at, CASE
+           WHEN r.last_heartbeat_at <= statement_timestamp() + interval '5 seconds'
+           THEN r.last_heartbeat_at END)) AS silence,
+         coalesce(c.closed_at > path.fresh_since AND r.last_heartbeat_at < c.closed_at, false)
+           AS is_closed
+    FROM agent_registry r CROSS JOIN path
+    LEFT JOIN pool_state s USING (pool_name) LEFT JOIN closed c USING (agent_id)
+   WHERE r.status IN ('online', 'busy')
+), pools AS (
+  SELECT pool_name, count(*) AS members,
+         count(*) FILTER (WHERE silence > lease_seconds OR is_closed) AS silent,
+         count(*) FILTER (WHERE silence > lease_seconds * 4 / 3 OR is_closed) AS due,
+         coalesce(bool_or(frozen_at IS NOT NULL AND thawed_at IS NULL), false) AS is_frozen,
+         max(frozen_at) AS frozen_at, max(thawed_at) AS thawed_at
+    FROM alive GROUP BY pool_name
+), fallen AS (
+  SELECT r.pool_name, count(*) AS marked, max(r.status_changed_at) AS last_marked_at
+    FROM agent_registry r JOIN pools p USING (pool_name)
+   WHERE p.due > 0 AND r.status = 'offline' AND r.status_reason <> 'farewell'
+     AND r.status_changed_at > statement_timestamp() - r.lease_seconds * interval '1 second'
+     AND r.status_changed_at > coalesce(p.thawed_at, '-infinity')
+   GROUP BY r.pool_name
+), outage AS (
+  SELECT pool_name FROM pools LEFT JOIN fallen USING (pool_name)
+   WHERE due > 0 AND NOT is_frozen
+     AND silent + coalesce(marked, 0) > $2::int
+     AND silent + coalesce(marked, 0) > $1::float8 * (members + coalesce(marked, 0))
+), frozen AS (
+  INSERT INTO pool_state AS s (pool_name, frozen_at)
+  SELECT pool_name, statement_timestamp() FROM outage ORDER BY pool_name
+  ON CONFLICT (pool_name) DO UPDATE SET frozen_at = excluded.frozen_at, thawed_at = NULL
+   WHERE s.thawed_at IS NOT NULL
+  RETURNING pool_name
+), due AS (
+  SELECT a.agent_id, a.is_closed,
+         p.is_frozen, row_number() OVER (PARTITION BY a.pool_name ORDER BY a.agent_id) AS place
+    FROM alive a JOIN pools p USING (pool_name) LEFT JOIN fallen f USING (pool_name)
+   WHERE (a.silence > a.lease_seconds * 4 / 3 OR a.is_closed)
+     AND a.pool_name NOT IN (SELECT pool_name FROM outage)
+     -- A frozen pool is held for a while, then marked one by one: desktops do go home at night.
+     AND (NOT p.is_frozen OR (
+       p.frozen_at < statement_timestamp() - $3 * interval '1 second'
+       AND coalesce(f.last_marked_at, '-infinity') < statement_timestamp() - interval '1 second'))
+), locked AS (
+  SELECT r.agent_id, due.is_closed FROM agent_registry r JOIN due USING (agent_id)
+    LEFT JOIN closed c USING (agent_id)
+   WHERE (NOT due.is_frozen OR due.place = 1) AND r.status IN ('online', 'busy')
+     -- Of the row as it is when we hold it: a heartbeat that came meanwhile wins.
+     AND CASE WHEN due.is_closed THEN r.last_heartbeat_at < c.closed_at
+         ELSE coalesce(r.last_heartbeat_at, '-infinity') NOT BETWEEN
+                statement_timestamp() - r.lease_seconds * 4 / 3 * interval '1 second'
+                AND statement_timestamp() + interval '5 seconds' END
+   ORDER BY r.agent_id FOR UPDATE OF r SKIP LOCKED
+), marked AS (
+  UPDATE agent_registry r SET status = 'offline', status_changed_at = statement_timestamp(),
+    status_reason = CASE
+      WHEN locked.is_closed THEN 'connection closed'
+      WHEN r.last_heartbeat_at IS NULL THEN 'never heard of'
+      ELSE format('missed %s heartbeats', floor(extract(epoch FROM
+        statement_timestamp() - r.last_heartbeat_at) / r.interval_seconds)) END
+    FROM locked WHERE r.agent_id = locked.agent_id
+  RETURNING r.agent_id, r.hostname, r.pool_name, r.status_reason
+)
+SELECT agent_id, hostname, pool_name, status_reason FROM marked
+UNION ALL
+SELECT NULL, NULL, pool_name, NULL FROM frozen
+"""
+
+FIND = """
+WITH header AS (
+  SELECT statement_timestamp() AS as_of,
+         coalesce((SELECT fresh_at <= statement_timestamp() - interval '5 seconds'
+                       OR grace_until > statement_timestamp() FROM ingest_path), true)
+           OR EXISTS (SELECT FROM pool_state WHERE thawed_at IS NULL
+                         AND ($5::text IS NULL OR pool_name = $5)) AS degraded,
+         ARRAY(SELECT agent_id FROM agent_registry
+                WHERE NOT metrics_sound AND status = 'online' LIMIT 10
+              ) AS malformed
+), offers AS (
+  SELECT r.agent_id, r.agent_type, r.pool_name, r.hostname, r.status, r.resource_metrics,
+         r.performance_score, r.last_heartbeat_at, r.free_vram_gb, r.free_cores
+    FROM agent_registry r
+   WHERE r.status = 'online' AND r.metrics_sound AND NOT r.drained
+     AND r.last_heartbeat_at > statement_timestamp() - r.lease_seconds * interval '1 second'
+     AND r.last_heartbeat_at < statement_timestamp() + interval '5 seconds'
+     AND r.free_vram_gb >= $1 AND r.free_cores >= $2 AND r.free_memory_gb >= $3
+     AND r.free_single_gpu_vram_gb >= $9
+     AND ($4::text IS NULL OR r.agent_type = $4)
+     AND ($5::text IS NULL OR r.pool_name = $5)
+     AND ($6::text IS NULL OR r.resource_metrics ->> 'gpu_type' = $6)
+     AND r.capabilities @> $7::jsonb
+   ORDER BY r.free_vram_gb DESC, r.free_cores DESC, r.performance_score DESC, r.agent_id
+   LIMIT $8
+)
+SELECT header.*, offers.*,
+       extract(epoch FROM header.as_of - offers.last_heartbeat_at)::float8 AS age_seconds
+  FROM header LEFT JOIN offers ON true
+ ORDER BY free_vram_gb DESC, free_cores DESC, performance_score DESC, agent_id
+"""
+
+_AGENT = """
+SELECT r.agent_id, r.agent_type, r.pool_name, r.capabilities, r.status, r.hostname,
+       r.agent_version, r.incarnation, r.sequence, r.sent_at, r.interval_seconds,
+       r.lease_seconds, r.drained, r.last_heartbeat_at, r.resource_metrics, r.performance_score,
+       r.status_reason, r.status_changed_at,
+       extract(epoch FROM statement_timestamp() - r.last_heartbeat_at)::float8 AS age_seconds,
+       extract(epoch FROM r.sent_at - r.last_heartbeat_at)::float8 AS clock_skew_seconds,
+       (SELECT queue_delay_seconds FROM ingest_path) AS queue_delay_seconds
+  FROM agent_registry r
+"""
+SHOW = _AGENT + " WHERE r.agent_id = $1"
+LIST = (
+    _AGENT
+    + """
+ WHERE ($1::text IS NULL OR r.status = $1) AND ($2::text IS NULL OR r.pool_name = $2)
+   AND ($3::text IS NULL OR r.agent_type = $3)
+ ORDER BY r.pool_name, r.hostname, r.agent_id
+"""
+)

@@ -1,0 +1,296 @@
+"""Most of a pool silent at once: one incident, not a thousand transitions."""
+
+import asyncio
+import time
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from chiffon.capacity import OrchestratorService
+from chiffon.messages import CapacityQuery, StatusUpdate
+from chiffon.registry import Receipt, Registry
+from tests.fixtures.heartbeats import update
+
+Connection = Any
+
+LEASE = 15.0
+MARKED_AFTER = 20.0
+"""Seconds of silence after which an agent with an interval of 5 s is marked."""
+
+
+@pytest.fixture(autouse=True)
+async def path(registry: Registry, database: Connection) -> None:
+    """The canary has come through for hours."""
+    await registry.mark_path_fresh(time.monotonic())
+    await database.execute(
+        "UPDATE ingest_path SET fresh_since = now() - interval '3 hours', grace_until = now()"
+    )
+
+
+async def fleet(registry: Registry, pool_name: str, count: int) -> list[UUID]:
+    updates = sorted(
+        (update(pool_name=pool_name) for _ in range(count)), key=lambda one: one.agent_id
+    )
+    await registry.record([Receipt(one, time.monotonic()) for one in updates])
+    return [one.agent_id for one in updates]
+
+
+async def silence(database: Connection, agents: list[UUID], seconds: float) -> None:
+    await database.execute(
+        "UPDATE agent_registry SET last_heartbeat_at = now() - $2 * interval '1 second'"
+        " WHERE agent_id = ANY($1)",
+        agents,
+        seconds,
+    )
+
+
+async def speak(registry: Registry, agents: list[UUID], sequence: int, pool: str) -> None:
+    updates: list[StatusUpdate] = [
+        update(agent_id, sequence=sequence, pool_name=pool) for agent_id in agents
+    ]
+    await registry.record([Receipt(one, time.monotonic()) for one in updates])
+
+
+async def status_counts(database: Connection) -> dict[str, int]:
+    rows = await database.fetch("SELECT status, count(*) FROM agent_registry GROUP BY status")
+    return {row["status"]: row["count"] for row in rows}
+
+
+async def test_when_most_of_a_pool_falls_silent_nobody_is_marked(
+    registry: Registry, database: Connection
+) -> None:
+    desks, other = await fleet(registry, "desks", 10), await fleet(registry, "other", 10)
+    await silence(database, desks[:6], MARKED_AFTER + 1)
+    await silence(database, other[:3], MARKED_AFTER + 1)
+
+    swept = await registry.mark_silent()
+    again = await registry.mark_silent()
+
+    assert swept.frozen == ["desks"]
+    assert {one.agent_id for one in swept.transitions} == set(other[:3])
+    assert (again.frozen, again.transitions) == ([], [])
+    assert await status_counts(database) == {"online": 17, "offline": 3}
+
+
+@pytest.mark.parametrize(
+    ("members", "silent", "is_incident"),
+    [(2, 2, False), (3, 3, True), (20, 11, False), (20, 12, True), (100, 55, False)],
+)
+async def test_an_incident_is_more_than_the_share_and_more_than_two(
+    registry: Registry, database: Connection, members: int, silent: int, is_incident: bool
+) -> None:
+    agents = await fleet(registry, "desks", members)
+    await silence(database, agents[:silent], MARKED_AFTER + 1)
+
+    swept = await registry.mark_silent()
+
+    assert bool(swept.frozen) == is_incident
+    assert len(swept.transitions) == (0 if is_incident else silent)
+
+
+async def test_those_who_are_silent_and_not_yet_due_count_too(
+    registry: Registry, database: Connection
+) -> None:
+    """They died together; their last heartbeats are up to an interval apart."""
+    agents = await fleet(registry, "desks", 10)
+    await silence(database, agents[:1], MARKED_AFTER + 0.5)
+    await silence(database, agents[1:9], LEASE + 0.5)
+
+    swept = await registry.mark_silent()
+
+    assert (swept.frozen, swept.transitions) == (["desks"], [])
+
+
+async def test_those_who_were_marked_within_the_last_lease_count_too(
+    registry: Registry, database: Connection
+) -> None:
+    agents = await fleet(registry, "desks", 10)
+    marked: set[UUID] = set()
+    frozen: list[str] = []
+    for agent_id in agents:
+        await silence(database, [agent_id], MARKED_AFTER + 1)
+        swept = await registry.mark_silent()
+        marked |= {one.agent_id for one in swept.transitions}
+        frozen += swept.frozen
+
+    assert marked == set(agents[:5])
+    assert frozen == ["desks"]
+
+
+async def test_farewells_are_no_incident(registry: Registry, database: Connection) -> None:
+    agents = await fleet(registry, "desks", 10)
+    await registry.record(
+        [
+            Receipt(
+                update(agent_id, sequence=2, pool_name="desks", status="offline"), time.monotonic()
+            )
+            for agent_id in agents[:8]
+        ]
+    )
+    await silence(database, agents[8:9], MARKED_AFTER + 1)
+
+    swept = await registry.mark_silent()
+
+    assert swept.frozen == []
+    assert [one.agent_id for one in swept.transitions] == [agents[8]]
+
+
+async def test_answers_about_a_frozen_pool_are_degraded_and_others_are_not(
+    registry: Registry, database: Connection
+) -> None:
+    desks = await fleet(registry, "desks", 4)
+    await fleet(registry, "other", 1)
+    await silence(database, desks[:3], MARKED_AFTER + 1)
+    service = OrchestratorService(registry)
+
+    async def degraded(pool_name: str | None) -> bool:
+        return (await service.find(CapacityQuery(pool_name=pool_name))).degraded
+
+    assert not await degraded(None)
+    await registry.mark_silent()
+
+    assert [await degraded(pool) for pool in (None, "desks", "other")] == [True, True, False]
+    offers = await service.find(CapacityQuery(pool_name="desks"))
+    assert [offer.agent_id for offer in offers.agents] == desks[3:], "the silent are not offered"
+
+
+async def test_when_a_pool_speaks_again_everybody_in_it_has_a_lease_of_grace(
+    registry: Registry, database: Connection
+) -> None:
+    desks = await fleet(registry, "desks", 10)
+    await silence(database, desks, MARKED_AFTER + 1)
+    assert (await registry.mark_silent()).frozen == ["desks"]
+
+    await speak(registry, desks[:8], 2, "desks")
+    back = await registry.mark_silent()
+    again = await registry.mark_silent()
+
+    assert (back.thawed, back.transitions) == (["desks"], [])
+    assert (again.thawed, again.transitions, again.frozen) == ([], [], [])
+    await database.execute(
+        "UPDATE pool_state SET thawed_at = now() - $1 * interval '1 second'", MARKED_AFTER + 1
+    )
+    late = await registry.mark_silent()
+    assert {one.agent_id for one in late.transitions} == set(desks[8:])
+
+
+async def test_a_pool_that_went_home_is_marked_after_all_and_slowly(
+    registry: Registry, database: Connection
+) -> None:
+    desks = await fleet(registry, "desks", 5)
+    await silence(database, desks, MARKED_AFTER + 1)
+    await registry.mark_silent(hold_seconds=600)
+    await database.execute("UPDATE pool_state SET frozen_at = now() - interval '599 seconds'")
+    assert (await registry.mark_silent(hold_seconds=600)).transitions == []
+
+    await database.execute("UPDATE pool_state SET frozen_at = now() - interval '601 seconds'")
+    first = await asyncio.gather(*(registry.mark_silent(hold_seconds=600) for _ in range(4)))
+    marked = [one.agent_id for swept in first for one in swept.transitions]
+    assert len(marked) == 1, "one a second, also with several orchestrators"
+    for _ in range(4):
+        await database.execute(
+            "UPDATE agent_registry SET status_changed_at = status_changed_at - interval '2 seconds'"
+        )
+        swept = await registry.mark_silent(hold_seconds=600)
+        marked += [one.agent_id for one in swept.transitions]
+
+    assert sorted(marked) == desks
+    assert (await registry.mark_silent()).thawed == ["desks"], "nobody is left to wait for"
+
+
+async def test_many_orchestrators_find_one_incident_once_and_mark_nobody(
+    registry: Registry, database: Connection
+) -> None:
+    desks = await fleet(registry, "desks", 200)
+    await silence(database, desks, MARKED_AFTER + 1)
+
+    swept = await asyncio.gather(*(registry.mark_silent() for _ in range(8)))
+
+    assert [name for one in swept for name in one.frozen] == ["desks"]
+    assert [one for each in swept for one in each.transitions] == []
+
+    await speak(registry, desks, 2, "desks")
+    swept = await asyncio.gather(*(registry.mark_silent() for _ in range(8)))
+    assert [name for one in swept for name in one.thawed] == ["desks"]
+
+
+async def test_a_closed_connection_is_silence_unless_something_came_since(
+    registry: Registry, database: Connection
+) -> None:
+    desks = await fleet(registry, "desks", 5)
+    await silence(database, desks, 3.0)
+    await speak(registry, desks[1:2], 2, "desks")
+
+    swept = await registry.mark_silent({desks[0]: 1.5, desks[1]: 1.5})
+
+    assert [(one.agent_id, one.reason) for one in swept.transitions] == [
+        (desks[0], "connection closed")
+    ]
+    assert (await registry.mark_silent({desks[0]: 1.5})).transitions == [], "once"
+
+
+async def test_many_connections_that_close_at_once_are_an_incident(
+    registry: Registry, database: Connection
+) -> None:
+    desks = await fleet(registry, "desks", 10)
+    await silence(database, desks, 3.0)
+
+    swept = await registry.mark_silent(dict.fromkeys(desks[:7], 1.5))
+
+    assert (swept.frozen, swept.transitions) == (["desks"], [])
+
+
+async def test_a_closed_connection_tells_nothing_while_the_canary_is_not_fresh(
+    registry: Registry, database: Connection
+) -> None:
+    desks = await fleet(registry, "desks", 5)
+    await silence(database, desks, 3.0)
+    await database.execute("UPDATE ingest_path SET fresh_at = now() - interval '6 seconds'")
+
+    assert (await registry.mark_silent({desks[0]: 1.5})).transitions == []
+
+
+async def test_every_offline_has_a_reason_and_a_time(
+    registry: Registry, database: Connection
+) -> None:
+    agents = await fleet(registry, "desks", 8)
+    await silence(database, agents[:1], MARKED_AFTER + 1)
+    await silence(database, agents[1:2], 3.0)
+    await registry.record(
+        [Receipt(update(agents[2], sequence=2, status="offline"), time.monotonic())]
+    )
+    await database.execute(
+        "UPDATE agent_registry SET last_heartbeat_at = NULL WHERE agent_id = $1", agents[3]
+    )
+
+    await registry.mark_silent({agents[1]: 1.5})
+
+    rows = [await registry.show(agent_id) for agent_id in agents[:5]]
+    assert [row.status_reason for row in rows if row is not None] == [
+        "missed 4 heartbeats",
+        "connection closed",
+        "farewell",
+        "never heard of",
+        None,
+    ]
+    assert all(row is not None and row.status_changed_at is not None for row in rows)
+
+    await speak(registry, agents[:1], 3, "desks")
+    back = await registry.show(agents[0])
+    assert back is not None
+    assert (back.status, back.status_reason) == ("online", None)
+
+
+async def test_each_change_of_status_is_told_once(registry: Registry) -> None:
+    one = update()
+    told = []
+    for sequence, status in enumerate(
+        ["online", "online", "busy", "busy", "online", "offline", "offline", "online"], start=1
+    ):
+        changed = update(one.agent_id, sequence=sequence, status=status)
+        batches = [[Receipt(changed, time.monotonic())] for _ in range(3)]
+        results = await asyncio.gather(*(registry.record(batch) for batch in batches))
+        told += [each.status for result in results for each in result.transitions]
+
+    assert told == ["online", "busy", "online", "offline", "online"]
