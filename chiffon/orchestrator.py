@@ -15,6 +15,7 @@ from uuid import uuid4
 
 from chiffon import migrations
 from chiffon.capacity import OrchestratorService
+from chiffon.closings import Closings
 from chiffon.dead_letters import DeadLetters
 from chiffon.events import Events
 from chiffon.ingest import Ingest
@@ -90,9 +91,11 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
         await stack.enter_async_context(Link(amqp_url, name=f"{name} consumes", prepare=consume))
         broker, database = describe(settings.amqp_url), describe(settings.database_url)
         log.info("orchestrator %s: broker %s, database %s", orchestrator_id, broker, database)
+        closings = Closings(amqp_url, f"{name} watches connections")
         sweeper = Sweeper(
             registry,
             events,
+            closings,
             interval_seconds=settings.sweep_interval_seconds,
             outage_share=settings.outage_share,
             outage_hold_seconds=settings.outage_hold_seconds,
@@ -101,6 +104,7 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
             "sweeper": sweeper.run(),
             "canary": Canary(outgoing, orchestrator_id).run(),
             "events": events.run(),
+            "closings": closings.run(),
             "watchdog": Watchdog(ingest, outgoing).run(),
         }
         await _run_parts(ingest, responder, others, stopped)

@@ -48,6 +48,7 @@ from chiffon.messages import (
 from chiffon.provisioning import ANSWER_SECONDS, await_exchange
 from chiffon.session import Channel, Session, translated
 from chiffon.topology import CAPACITY_KEY, DEADLINE_HEADER, RPC
+from chiffon.watcher import Event, following
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class PlannerClient:
     """Capacity questions over AMQP. Made by ``open``."""
 
     def __init__(self, url: str, name: str) -> None:
+        self._url, self._name = url, name
         self._link = Link(
             url,
             name=name,
@@ -128,6 +130,22 @@ class PlannerClient:
             if error.code == "agent_not_found":
                 raise AgentNotFoundError(agent_id) from None
             raise
+
+    @asynccontextmanager
+    async def watch(self, agent_id: UUID | None = None) -> AsyncIterator[AsyncIterator[Event]]:
+        """Follow events: ``async with planner.watch() as events: async for event in events``.
+
+        An event is published after the commit that it tells of. While the broker is away none
+        come: ask ``find`` or ``show`` then what is true now.
+
+        Args:
+            agent_id: Only this agent's; default: every agent's, and those of pools.
+
+        Raises:
+            BusRefused: The broker does not let us in, or not read.
+        """
+        async with following(self._url, name=f"{self._name} events", agent_id=agent_id) as events:
+            yield events
 
     async def _ask(self, kind: str, question: BaseModel, timeout: float) -> DeliveredMessage:
         deadline = time.monotonic() + timeout

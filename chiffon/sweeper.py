@@ -13,6 +13,7 @@ from uuid import UUID
 
 from chiffon import liveness
 from chiffon.bus import Properties, Publisher
+from chiffon.closings import Closings
 from chiffon.errors import BusUnavailable, RegistryUnavailable
 from chiffon.events import Events
 from chiffon.link import Link
@@ -33,6 +34,7 @@ class Sweeper:
     Args:
         registry: Where the fleet is.
         events: Who is told what changed.
+        closings: Agents whose connection closed.
         interval_seconds: Between two passes.
         outage_share: Of a pool; more than that silent at once is one incident.
         outage_hold_seconds: How long the transitions of such a pool are held.
@@ -42,6 +44,7 @@ class Sweeper:
         self,
         registry: Registry,
         events: Events,
+        closings: Closings,
         *,
         interval_seconds: float = 1.0,
         outage_share: float = liveness.OUTAGE_SHARE,
@@ -49,6 +52,7 @@ class Sweeper:
     ) -> None:
         self._registry = registry
         self._events = events
+        self._closings = closings
         self._interval = interval_seconds
         self._outage_share = outage_share
         self._outage_hold_seconds = outage_hold_seconds
@@ -57,7 +61,7 @@ class Sweeper:
         """Sweep until cancelled; a database that is away is waited for."""
         trouble: str | None = None
         while True:
-            await asyncio.sleep(self._interval)
+            await self._wait()
             try:
                 await self.sweep()
                 trouble = None
@@ -66,6 +70,14 @@ class Sweeper:
                     trouble = str(error)
                     log.warning("no sweep: %s", trouble)
 
+    async def _wait(self) -> None:
+        try:
+            async with asyncio.timeout(self._interval):
+                await self._closings.due.wait()
+        except TimeoutError:
+            return
+        self._closings.due.clear()
+
     async def sweep(self) -> Swept:
         """Make one pass, and tell of what it changed.
 
@@ -73,7 +85,9 @@ class Sweeper:
             RegistryUnavailable: The database is away; nobody was marked.
         """
         swept = await self._registry.mark_silent(
-            share=self._outage_share, hold_seconds=self._outage_hold_seconds
+            self._closings.current(),
+            share=self._outage_share,
+            hold_seconds=self._outage_hold_seconds,
         )
         for one in swept.transitions:
             log.info(

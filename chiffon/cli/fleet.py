@@ -20,7 +20,7 @@ from chiffon.cli.output import (
     table,
     width_of,
 )
-from chiffon.cli.rows import FLEET, agent_data
+from chiffon.cli.rows import EVENTS, FLEET, agent_data
 
 if TYPE_CHECKING:
     from chiffon.registry import Registry
@@ -89,23 +89,56 @@ def watch(
     pool_name: PoolOption = None,
     agent_type: TypeOption = None,
     interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
+    events: Annotated[
+        bool, typer.Option("--events", help="What changes, as it happens, instead of the agents.")
+    ] = False,
     output: FormatOption = None,
 ) -> None:
     """Show the agents and keep showing them until Ctrl-C.
 
     On a terminal the table is redrawn. Elsewhere, and with -o jsonl, each agent is printed once
-    and again whenever it has changed.
+    and again whenever it has changed. With --events it is what the orchestrators tell over AMQP:
+    agents that come, go or become busy, and why; pools of which most fell silent.
     """
     import asyncio
 
     if output is Format.json:
         raise typer.BadParameter("watch never ends; use -o jsonl, an object a line")
+    if events:
+        if status or pool_name or agent_type:
+            raise typer.BadParameter("--events takes no filter")
+        _follow_events(output)
+        return
     live = output is not Format.jsonl and sys.stdout.isatty()
     follow = _redraw if live else _stream(output)
 
     async def run() -> None:
         async with _registry() as registry:
             await follow(_looks(registry, (status, pool_name, agent_type), interval))
+
+    try:
+        asyncio.run(run())
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None
+
+
+def _follow_events(output: Format | None) -> None:
+    import asyncio
+
+    from chiffon.settings import load
+    from chiffon.watcher import following
+
+    async def run() -> None:
+        url = load().amqp_url.get_secret_value()
+        async with following(url, name="chiffon fleet watch") as events:
+            if output is not Format.jsonl:
+                print_plain([[column.title for column in EVENTS]])
+            async for event in events:
+                row = event.model_dump(mode="json")
+                if output is Format.jsonl:
+                    emit(json.dumps(row))
+                else:
+                    print_plain([[column.cell(row) for column in EVENTS]])
 
     try:
         asyncio.run(run())

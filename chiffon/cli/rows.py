@@ -156,3 +156,12 @@ READINGS = [
     Column("FROM", lambda row: str(row["source"])),
     Column("TOOK", _took, is_number=True),
 ]
+
+EVENTS = [
+    Column("AT", lambda row: str(row["at"])),
+    Column("WHAT", lambda row: str(row.get("status") or row.get("state"))),
+    Column("POOL", lambda row: str(row["pool_name"])),
+    Column("HOST", lambda row: plain(row.get("hostname"))),
+    Column("REASON", lambda row: plain(row.get("reason"))),
+    Column("AGENT", lambda row: plain(row.get("agent_id"))),
+]

@@ -206,7 +206,7 @@ def _write_configuration(folder: Path, amqp_port: int, management_port: int, pas
     configuration = folder / "rabbitmq.conf"
     configuration.touch(mode=0o600)
     configuration.write_text("".join(f"{name} = {value}\n" for name, value in settings.items()))
-    (folder / "enabled_plugins").write_text("[rabbitmq_management].\n")
+    (folder / "enabled_plugins").write_text("[rabbitmq_event_exchange,rabbitmq_management].\n")
 
 
 def _epmd_program() -> str:

@@ -7,11 +7,10 @@ Each method is one round trip. Statements that update several agents lock them i
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -76,6 +75,19 @@ class Transition:
     pool_name: str
     status: AgentStatus
     reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """An agent's connection that closed, and after which none was opened.
+
+    ``is_known``: we saw that connection being opened, and so know that it was the only one. Of
+    others an agent is given time for another heartbeat.
+    """
+
+    agent_id: UUID
+    seconds_ago: float
+    is_known: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +246,7 @@ class Registry:
 
     async def mark_silent(
         self,
-        closed: Mapping[UUID, float] = MappingProxyType({}),
+        closings: Sequence[Closing] = (),
         *,
         share: float = liveness.OUTAGE_SHARE,
         hold_seconds: float = liveness.OUTAGE_HOLD_SECONDS,
@@ -249,8 +261,8 @@ class Registry:
         returned to exactly one of them. No leader is needed.
 
         Args:
-            closed: Agents whose connection closed, and how many seconds ago. Those that have said
-                nothing since are as silent as if their lease had passed.
+            closings: Agents whose connection closed. Those that have said nothing since are as
+                silent as if their lease had passed, and are marked 1.5 s after it.
             share: Of a pool's agents, 0 to 1.
             hold_seconds: How long a pool's transitions are held.
 
@@ -264,8 +276,9 @@ class Registry:
             share,
             liveness.OUTAGE_FEWEST,
             hold_seconds,
-            list(closed),
-            list(closed.values()),
+            [one.agent_id for one in closings],
+            [one.seconds_ago for one in closings],
+            [one.is_known for one in closings],
         )
         return Swept(
             [

@@ -98,29 +98,34 @@ RETURNING pool_name
 """
 
 # One statement on one snapshot: who is silent, whether that is the outage of a pool, and whom to
-# mark. An agent whose connection closed ($4, with the seconds since, $5) and which has said nothing
-# since then is as silent as one that let its lease pass.
+# mark. An agent whose connection closed ($4, $5 seconds ago) and which has said nothing since then
+# is as silent as one that let its lease pass. If its connections are known ($6) it has 1.5 s to
+# open another, else time for one more heartbeat.
 MARK_SILENT = """
 WITH path AS (
   SELECT fresh_since FROM ingest_path
    WHERE fresh_at > statement_timestamp() - interval '5 seconds'
 ), closed AS (
-  SELECT agent_id, statement_timestamp() - seconds * interval '1 second' AS closed_at
-    FROM unnest($4::uuid[], $5::float8[]) AS c (agent_id, seconds)
+  SELECT agent_id, seconds, is_known,
+         statement_timestamp() - seconds * interval '1 second' AS closed_at
+    FROM unnest($4::uuid[], $5::float8[], $6::bool[]) AS c (agent_id, seconds, is_known)
 ), alive AS MATERIALIZED (
   SELECT r.agent_id, r.pool_name, r.lease_seconds, s.frozen_at, s.thawed_at,
          extract(epoch FROM statement_timestamp() - greatest(path.fresh_since, s.thawed_at, CASE
            WHEN r.last_heartbeat_at <= statement_timestamp() + interval '5 seconds'
            THEN r.last_heartbeat_at END)) AS silence,
          coalesce(c.closed_at > path.fresh_since AND r.last_heartbeat_at < c.closed_at, false)
-           AS is_closed
+           AS is_closed,
+         c.seconds >= CASE WHEN c.is_known THEN 1.5 ELSE r.interval_seconds * 1.25 END
+           AS is_settled
     FROM agent_registry r CROSS JOIN path
     LEFT JOIN pool_state s USING (pool_name) LEFT JOIN closed c USING (agent_id)
    WHERE r.status IN ('online', 'busy')
 ), pools AS (
   SELECT pool_name, count(*) AS members,
          count(*) FILTER (WHERE silence > lease_seconds OR is_closed) AS silent,
-         count(*) FILTER (WHERE silence > lease_seconds * 4 / 3 OR is_closed) AS due,
+         count(*) FILTER (
+           WHERE silence > lease_seconds * 4 / 3 OR is_closed AND is_settled) AS due,
          coalesce(bool_or(frozen_at IS NOT NULL AND thawed_at IS NULL), false) AS is_frozen,
          max(frozen_at) AS frozen_at, max(thawed_at) AS thawed_at
     FROM alive GROUP BY pool_name
@@ -146,7 +151,7 @@ WITH path AS (
   SELECT a.agent_id, a.is_closed,
          p.is_frozen, row_number() OVER (PARTITION BY a.pool_name ORDER BY a.agent_id) AS place
     FROM alive a JOIN pools p USING (pool_name) LEFT JOIN fallen f USING (pool_name)
-   WHERE (a.silence > a.lease_seconds * 4 / 3 OR a.is_closed)
+   WHERE (a.silence > a.lease_seconds * 4 / 3 OR a.is_closed AND a.is_settled)
      AND a.pool_name NOT IN (SELECT pool_name FROM outage)
      -- A frozen pool is held for a while, then marked one by one: desktops do go home at night.
      AND (NOT p.is_frozen OR (

@@ -9,7 +9,7 @@ import pytest
 
 from chiffon.capacity import OrchestratorService
 from chiffon.messages import CapacityQuery, StatusUpdate
-from chiffon.registry import Receipt, Registry
+from chiffon.registry import Closing, Receipt, Registry
 from tests.fixtures.heartbeats import update
 
 Connection = Any
@@ -50,6 +50,10 @@ async def speak(registry: Registry, agents: list[UUID], sequence: int, pool: str
         update(agent_id, sequence=sequence, pool_name=pool) for agent_id in agents
     ]
     await registry.record([Receipt(one, time.monotonic()) for one in updates])
+
+
+def closing(agent_id: UUID, seconds_ago: float = 1.6, is_known: bool = True) -> Closing:
+    return Closing(agent_id, seconds_ago, is_known)
 
 
 async def status_counts(database: Connection) -> dict[str, int]:
@@ -222,12 +226,17 @@ async def test_a_closed_connection_is_silence_unless_something_came_since(
     await silence(database, desks, 3.0)
     await speak(registry, desks[1:2], 2, "desks")
 
-    swept = await registry.mark_silent({desks[0]: 1.5, desks[1]: 1.5})
+    swept = await registry.mark_silent([closing(agent_id) for agent_id in desks[:2]])
 
     assert [(one.agent_id, one.reason) for one in swept.transitions] == [
         (desks[0], "connection closed")
     ]
-    assert (await registry.mark_silent({desks[0]: 1.5})).transitions == [], "once"
+    assert (await registry.mark_silent([closing(desks[0])])).transitions == [], "once"
+    soon = [closing(desks[2], seconds_ago=1.4), closing(desks[3], is_known=False)]
+    assert (await registry.mark_silent(soon)).transitions == [], "not settled"
+    await silence(database, desks[3:4], 7.0)
+    late = [closing(desks[3], seconds_ago=6.3, is_known=False)]
+    assert len((await registry.mark_silent(late)).transitions) == 1
 
 
 async def test_many_connections_that_close_at_once_are_an_incident(
@@ -236,7 +245,9 @@ async def test_many_connections_that_close_at_once_are_an_incident(
     desks = await fleet(registry, "desks", 10)
     await silence(database, desks, 3.0)
 
-    swept = await registry.mark_silent(dict.fromkeys(desks[:7], 1.5))
+    # The first has settled; the others closed a moment later.
+    later = [closing(agent_id, seconds_ago=0.9) for agent_id in desks[1:7]]
+    swept = await registry.mark_silent([closing(desks[0]), *later])
 
     assert (swept.frozen, swept.transitions) == (["desks"], [])
 
@@ -248,7 +259,7 @@ async def test_a_closed_connection_tells_nothing_while_the_canary_is_not_fresh(
     await silence(database, desks, 3.0)
     await database.execute("UPDATE ingest_path SET fresh_at = now() - interval '6 seconds'")
 
-    assert (await registry.mark_silent({desks[0]: 1.5})).transitions == []
+    assert (await registry.mark_silent([closing(desks[0])])).transitions == []
 
 
 async def test_every_offline_has_a_reason_and_a_time(
@@ -264,7 +275,7 @@ async def test_every_offline_has_a_reason_and_a_time(
         "UPDATE agent_registry SET last_heartbeat_at = NULL WHERE agent_id = $1", agents[3]
     )
 
-    await registry.mark_silent({agents[1]: 1.5})
+    await registry.mark_silent([closing(agents[1])])
 
     rows = [await registry.show(agent_id) for agent_id in agents[:5]]
     assert [row.status_reason for row in rows if row is not None] == [

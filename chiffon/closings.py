@@ -1,0 +1,130 @@
+"""Agents whose connection closed, known at once where the broker tells of it.
+
+RabbitMQ's plugin ``rabbitmq_event_exchange`` publishes ``connection.created`` and
+``connection.closed`` on the exchange ``amq.rabbitmq.event`` of its default virtual host; agents
+name their connection by their id. A closed connection alone is no death: the agent may have
+another, or dial again. So a closing counts only after a while in which no connection of that name
+was opened and nothing was heard, and the sweep, which knows the rest, has the last word. Where
+there is no such exchange, or we may not read it, silence is noticed by the lease alone.
+"""
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from uuid import UUID
+
+from aiormq.abc import DeliveredMessage
+
+from chiffon.errors import BusRefused, BusUnavailable, TopologyMissing
+from chiffon.registry import Closing
+from chiffon.session import Session, dial_any, translated
+
+log = logging.getLogger(__name__)
+
+EXCHANGE = "amq.rabbitmq.event"
+SETTLE_SECONDS = 1.5
+"""For an agent to dial again, and for its heartbeat to arrive."""
+
+FORGET_SECONDS = 60.0
+LOOK_AGAIN_SECONDS = 60.0
+REDIAL_SECONDS = 1.0
+ANSWER_SECONDS = 5.0
+
+
+@dataclass(slots=True)
+class _Closed:
+    at: float
+    is_known: bool
+
+
+class Closings:
+    """Follows the broker's events about connections.
+
+    Args:
+        url: The broker.
+        name: Of our own connection.
+    """
+
+    def __init__(self, url: str, name: str) -> None:
+        self._url = url
+        self._name = name
+        self._open: defaultdict[UUID, set[str]] = defaultdict(set)
+        self._closed: dict[UUID, _Closed] = {}
+        self.is_following = False
+        self.due = asyncio.Event()
+        """Set when a closing has settled, so that the sweep need not wait for its turn."""
+
+    def current(self) -> list[Closing]:
+        """Return the closings of the last minute after which no connection was opened."""
+        now = time.monotonic()
+        old = [agent for agent, one in self._closed.items() if now - one.at > FORGET_SECONDS]
+        for agent_id in old:
+            del self._closed[agent_id]
+        return [
+            Closing(agent_id, now - one.at, one.is_known) for agent_id, one in self._closed.items()
+        ]
+
+    async def run(self) -> None:
+        """Follow until cancelled; without the plugin, look for it once a minute."""
+        told = False
+        while True:
+            pause = REDIAL_SECONDS
+            try:
+                session = await dial_any(self._url, self._name)
+            except BusUnavailable as error:
+                log.debug("no events about connections: %s", error)
+            else:
+                try:
+                    await self._follow(session)
+                except (TopologyMissing, BusRefused) as error:
+                    pause = LOOK_AGAIN_SECONDS
+                    if not told:
+                        log.info("a killed agent is noticed by its lease alone: %s", error)
+                    told = True
+                except BusUnavailable as error:
+                    log.debug("no events about connections: %s", error)
+                finally:
+                    self.is_following = False
+                    # What happened meanwhile is not known, so nothing is.
+                    self._open.clear()
+                    self._closed.clear()
+                    await session.close()
+            await asyncio.sleep(pause)
+
+    async def _follow(self, session: Session) -> None:
+        channel = await session.channel(confirms=False)
+        with translated(f"looking for the exchange {EXCHANGE}"):
+            await channel.exchange_declare(EXCHANGE, passive=True, timeout=ANSWER_SECONDS)
+        with translated("following connections"):
+            queue = await channel.queue_declare(
+                "", exclusive=True, auto_delete=True, timeout=ANSWER_SECONDS
+            )
+            for key in ("connection.created", "connection.closed"):
+                await channel.queue_bind(str(queue.queue), EXCHANGE, key, timeout=ANSWER_SECONDS)
+            await channel.basic_consume(
+                str(queue.queue), self._on_event, no_ack=True, timeout=ANSWER_SECONDS
+            )
+        self.is_following = True
+        log.info("agents whose connection closes are noticed at once")
+        await session.lost
+
+    async def _on_event(self, message: DeliveredMessage) -> None:
+        headers = message.header.properties.headers or {}
+        try:
+            agent_id = UUID(str(headers.get("user_provided_name")))
+        except ValueError:
+            return  # not an agent
+        pid = str(headers.get("pid"))
+        if message.routing_key == "connection.created":
+            self._open[agent_id].add(pid)
+            self._closed.pop(agent_id, None)
+            return
+        is_known = pid in self._open[agent_id]
+        self._open[agent_id].discard(pid)
+        if self._open[agent_id]:
+            return  # it has another
+        del self._open[agent_id]
+        self._closed[agent_id] = _Closed(time.monotonic(), is_known)
+        asyncio.get_running_loop().call_later(SETTLE_SECONDS, self.due.set)

@@ -1,0 +1,101 @@
+"""Following events: agents that came, went or became busy; pools that fell silent."""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from uuid import UUID
+
+from aiormq.abc import DeliveredMessage
+
+from chiffon.encoding import decode
+from chiffon.errors import BadMessage
+from chiffon.link import Link
+from chiffon.messages import AGENT_EVENT, FLEET_EVENT, AgentEvent, FleetEvent
+from chiffon.provisioning import await_exchange
+from chiffon.session import Session, translated
+from chiffon.topology import EVENTS
+
+log = logging.getLogger(__name__)
+
+MOST_WAITING = 10_000
+ANSWER_SECONDS = 5.0
+REDIAL_CAP_SECONDS = 5.0
+
+Event = AgentEvent | FleetEvent
+
+
+@asynccontextmanager
+async def following(
+    url: str, *, name: str, agent_id: UUID | None = None
+) -> AsyncIterator[AsyncIterator[Event]]:
+    """Follow events while the context is open.
+
+    It is entered when events arrive here. While the broker is away none do; those who have to
+    know ask then what is true now. A reader that is too slow misses the oldest.
+
+    Args:
+        url: The broker; several hosts allowed.
+        name: Of the connection.
+        agent_id: Only this agent's; default: every agent's, and those of pools.
+
+    Raises:
+        BadConfiguration: Not an AMQP URL.
+        BusRefused: The broker does not let us in.
+    """
+    waiting: deque[Event] = deque(maxlen=MOST_WAITING)
+    arrived = asyncio.Event()
+    keys = ["agent.#", "fleet.#"] if agent_id is None else [f"agent.{agent_id}.*"]
+
+    async def take(message: DeliveredMessage) -> None:
+        try:
+            waiting.append(_read(message))
+            arrived.set()
+        except BadMessage as error:
+            log.warning("an event does not fit: %s", error)
+
+    async def prepare(session: Session) -> None:
+        await await_exchange(session, EVENTS)
+        channel = await session.channel(confirms=False)
+        channel.on_consumer_cancel_callbacks.add(
+            lambda _: session.drop("the broker cancelled the consumer of events")
+        )
+        with translated("following events"):
+            queue = await channel.queue_declare(
+                "",
+                exclusive=True,
+                auto_delete=True,
+                arguments={"x-max-length": MOST_WAITING},
+                timeout=ANSWER_SECONDS,
+            )
+            for key in keys:
+                await channel.queue_bind(str(queue.queue), EVENTS, key, timeout=ANSWER_SECONDS)
+            await channel.basic_consume(str(queue.queue), take, no_ack=True, timeout=ANSWER_SECONDS)
+        session.works()
+
+    async def events() -> AsyncIterator[Event]:
+        while True:
+            await arrived.wait()
+            while waiting:
+                yield waiting.popleft()
+            arrived.clear()
+
+    async with Link(
+        url,
+        name=name,
+        prepare=prepare,
+        redial_cap_seconds=REDIAL_CAP_SECONDS,
+        stop_if_refused=True,
+    ) as link:
+        await link.session()
+        yield events()
+
+
+def _read(message: DeliveredMessage) -> Event:
+    kind = message.header.properties.message_type
+    if kind == AGENT_EVENT:
+        return decode(AgentEvent, message.body)
+    if kind == FLEET_EVENT:
+        return decode(FleetEvent, message.body)
+    raise BadMessage(f"type {str(kind)[:64]!r} is none of an event")

@@ -1,0 +1,205 @@
+"""What orchestrators tell of the fleet, as somebody who follows it sees it."""
+
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chiffon import closings
+from chiffon.agent import BaseAgent
+from chiffon.closings import Closings
+from chiffon.messages import AgentEvent
+from chiffon.planner import PlannerClient
+from chiffon.registry import Registry
+from chiffon.session import dial_any
+from chiffon.watcher import Event
+from tests.fixtures import plain
+from tests.fixtures.servers import Management
+from tests.fixtures.system import orchestrating
+from tests.fixtures.waiting import until
+
+
+async def next_event(events: AsyncIterator[Event]) -> Event:
+    async with asyncio.timeout(30):
+        return await anext(events)
+
+
+async def next_of(events: AsyncIterator[Event], agent_id: object) -> AgentEvent:
+    while True:
+        event = await next_event(events)
+        if isinstance(event, AgentEvent) and event.agent_id == agent_id:
+            return event
+
+
+@pytest.fixture
+def following(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """Waits until the orchestrators of the test follow the broker's own events."""
+    made: list[Closings] = []
+    original = Closings.__init__
+
+    def remember(self: Closings, *arguments: Any) -> None:
+        made.append(self)
+        original(self, *arguments)
+
+    monkeypatch.setattr(Closings, "__init__", remember)
+
+    async def wait() -> None:
+        async def all_follow() -> bool:
+            return bool(made) and all(one.is_following for one in made)
+
+        await until(all_follow, "the broker's events are followed")
+
+    return wait
+
+
+@pytest.fixture
+def own_events(amqp_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broker tells of connections in its default virtual host, which is not the test's."""
+    default = f"{amqp_url.rpartition('/')[0]}/chiffon"
+    original = dial_any
+
+    async def dial_default(_: str, name: str) -> Any:
+        return await original(default, name)
+
+    monkeypatch.setattr(closings, "dial_any", dial_default)
+
+
+async def test_agents_that_come_and_go_are_told_with_the_reason(
+    amqp_url: str, database_url: str
+) -> None:
+    async with (
+        orchestrating(amqp_url, database_url),
+        PlannerClient.open(amqp_url) as planner,
+        planner.watch() as events,
+    ):
+        async with BaseAgent(amqp_url, hostname="rig-7", pool_name="lab") as agent:
+            came = await next_event(events)
+            agent.status = "busy"
+            busy = await next_event(events)
+        left = await next_event(events)
+
+    assert isinstance(came, AgentEvent)
+    assert (came.agent_id, came.status, came.reason) == (agent.identity.agent_id, "online", None)
+    assert (came.hostname, came.pool_name) == ("rig-7", "lab")
+    assert isinstance(busy, AgentEvent)
+    assert isinstance(left, AgentEvent)
+    assert (busy.status, left.status, left.reason) == ("busy", "offline", "farewell")
+
+
+async def test_one_agent_may_be_followed_alone(amqp_url: str, database_url: str) -> None:
+    async with orchestrating(amqp_url, database_url), PlannerClient.open(amqp_url) as planner:
+        wanted = BaseAgent(amqp_url)
+        async with planner.watch(wanted.identity.agent_id) as events, BaseAgent(amqp_url), wanted:
+            event = await next_event(events)
+
+    assert isinstance(event, AgentEvent)
+    assert event.agent_id == wanted.identity.agent_id
+
+
+AGENT = """
+import asyncio, sys
+from chiffon.agent import BaseAgent
+
+async def main():
+    async with BaseAgent(sys.argv[1], interval_seconds=60.0) as agent:
+        print(agent.identity.agent_id, flush=True)
+        await agent.wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.usefixtures("own_events")
+async def test_a_killed_agent_is_offline_long_before_its_lease_is_over(
+    amqp_url: str, database_url: str, registry: Registry, following: Callable[[], Any]
+) -> None:
+    """Its lease is three minutes."""
+    async with (
+        orchestrating(amqp_url, database_url),
+        PlannerClient.open(amqp_url) as planner,
+        planner.watch() as events,
+    ):
+        await following()
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-c",
+            AGENT,
+            amqp_url,
+            stdout=asyncio.subprocess.PIPE,
+            cwd=Path(__file__).parents[2],
+            env=dict(os.environ),
+        )
+        assert process.stdout is not None
+        came = await next_event(events)
+        assert isinstance(came, AgentEvent)
+        assert came.status == "online"
+
+        async def path_is_proven() -> bool:
+            return not (await planner.find()).degraded
+
+        await until(path_is_proven, "an answer that is not degraded")
+        process.kill()
+        killed = time.monotonic()
+        await process.wait()
+        gone = await next_of(events, came.agent_id)
+        print(json.dumps({"seconds_until_noticed": round(time.monotonic() - killed, 2)}))
+        row = await registry.show(came.agent_id)
+
+    assert (gone.status, gone.reason) == ("offline", "connection closed")
+    assert row is not None
+    assert (row.status, row.status_reason) == ("offline", "connection closed")
+
+
+@pytest.mark.usefixtures("own_events")
+async def test_an_agent_that_dials_again_does_not_flap(
+    amqp_url: str,
+    database_url: str,
+    registry: Registry,
+    management: Management,
+    following: Callable[[], Any],
+) -> None:
+    async with (
+        orchestrating(amqp_url, database_url),
+        PlannerClient.open(amqp_url) as planner,
+        planner.watch() as events,
+    ):
+        await following()
+        async with BaseAgent(amqp_url, interval_seconds=60.0) as agent:
+            assert (await next_event(events)) is not None
+            for sequence in (2, 3):
+                session = agent._link.current
+                assert session is not None
+                await plain.cut(management, amqp_url, str(agent.identity.agent_id))
+
+                async def is_heard_again(sequence: int = sequence) -> bool:
+                    row = await registry.show(agent.identity.agent_id)
+                    return row is not None and row.sequence >= sequence
+
+                await until(is_heard_again, "a heartbeat over the new connection")
+            await asyncio.sleep(closings.SETTLE_SECONDS + 1.5)  # in which nothing may happen
+            row = await registry.show(agent.identity.agent_id)
+        left = await next_event(events)
+
+    assert row is not None
+    assert row.status == "online"
+    assert isinstance(left, AgentEvent)
+    assert left.reason == "farewell", "nothing was told between the first and the last"
+
+
+async def test_without_the_plugin_nothing_changes_but_the_speed(
+    amqp_url: str, database_url: str, registry: Registry
+) -> None:
+    """There is no such exchange in the test's virtual host."""
+    async with orchestrating(amqp_url, database_url), BaseAgent(amqp_url) as agent:
+
+        async def is_online() -> bool:
+            row = await registry.show(agent.identity.agent_id)
+            return row is not None and row.status == "online"
+
+        await until(is_online, "the agent online")
