@@ -4,6 +4,8 @@
 and acknowledge the original after the confirm.
 """
 
+import time
+
 from aiormq.abc import DeliveredMessage
 
 from chiffon.bus import Properties, Publisher
@@ -15,6 +17,7 @@ from chiffon.topology import (
     ORIGIN_EXCHANGE_HEADER,
     ORIGIN_KEY_HEADER,
     REASON_HEADER,
+    SET_ASIDE_HEADER,
 )
 
 CONFIRM_SECONDS = 2.0
@@ -52,6 +55,7 @@ class DeadLetters:
                     REASON_HEADER: refusal.reason,
                     ORIGIN_EXCHANGE_HEADER: message.exchange or "",
                     ORIGIN_KEY_HEADER: message.routing_key or "",
+                    SET_ASIDE_HEADER: int(time.time() * 1_000),
                 },
             ),
             timeout=CONFIRM_SECONDS,

@@ -24,7 +24,7 @@ from chiffon.events import Events
 from chiffon.messages import CANARY, STATUS_UPDATE, StatusUpdate
 from chiffon.registry import Receipt, Recorded, Registry
 from chiffon.session import Channel, Session, translated
-from chiffon.topology import INGEST
+from chiffon.topology import HELD_HEADER, INGEST
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class Ingest:
 
     async def _on_delivery(self, message: DeliveredMessage) -> None:
         self._heard = time.monotonic()
-        self._buffer.append(_Delivery(message, self._heard))
+        self._buffer.append(_Delivery(message, self._heard - _held_before(message)))
         self._arrived.set()
         if len(self._buffer) >= self._batch_size:
             self._full.set()
@@ -312,6 +312,12 @@ class Ingest:
             self._works()
         except BusUnavailable as error:
             log.debug("%s", error)
+
+
+def _held_before(message: DeliveredMessage) -> float:
+    """Return for how many seconds a replayed message had been set aside; 0 for any other."""
+    held = (message.header.properties.headers or {}).get(HELD_HEADER)
+    return held / 1_000 if isinstance(held, int) and held > 0 else 0.0
 
 
 def _read(batch: Sequence[_Delivery]) -> _Reading:

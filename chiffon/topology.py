@@ -26,6 +26,10 @@ DEAD_LETTER_HEADER = "chiffon-dead-letter"
 REASON_HEADER = "chiffon-reason"
 ORIGIN_EXCHANGE_HEADER = "chiffon-exchange"
 ORIGIN_KEY_HEADER = "chiffon-routing-key"
+SET_ASIDE_HEADER = "chiffon-set-aside-ms"
+"""When, on the clock of who did it: unix milliseconds."""
+HELD_HEADER = "chiffon-held-ms"
+"""How long a replayed message had been set aside: it is that much older than it seems."""
 DEADLINE_HEADER = "x-deadline"
 
 

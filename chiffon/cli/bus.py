@@ -2,6 +2,7 @@
 
 import typer
 
+from chiffon.cli import dead_letters
 from chiffon.cli.output import Column, FormatOption, note, show_many
 
 app = typer.Typer(
@@ -9,6 +10,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+
+app.add_typer(dead_letters.app, name="dead-letters")
 
 _COLUMNS = [
     Column("KIND", lambda row: str(row["kind"])),
