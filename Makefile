@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up test test-unit lint format lock definitions clean
+.PHONY: help setup up test test-unit test-faults lint format lock definitions clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ test: $(STAMP) ## Run all tests, on real servers that the tests start themselves
 
 test-unit: $(STAMP) ## Run the tests that need no server
 	@$(BIN)/python -m pytest tests/unit $(ARGS)
+
+test-faults: $(STAMP) ## Break a whole system in every way we know, and print what each fault did
+	@$(BIN)/python -m pytest tests/faults -m faults $(ARGS)
 
 lint: $(STAMP) ## Check style, types and import directions
 	@$(BIN)/ruff check .
