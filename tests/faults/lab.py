@@ -56,6 +56,8 @@ class Server:
         children = process.children(recursive=True)
         for one in (process, *children):
             one.send_signal(signal.SIGKILL)
+        if self._own is not None:
+            self._own.wait()
         psutil.wait_procs([process, *children], timeout=30)
 
     def start(self) -> None:

@@ -17,6 +17,7 @@ from chiffon.registry import asyncpg_url
 from chiffon.session import dial
 from tests.faults.conftest import REPORTS
 from tests.faults.lab import Lab, suffer
+from tests.fixtures.waiting import until
 
 pytestmark = [pytest.mark.faults, pytest.mark.asyncio(loop_scope="session")]
 
@@ -33,8 +34,12 @@ async def survives(lab: Lab, name: str, fault: Callable[[], Awaitable[None]]) ->
 async def test_the_broker_closes_every_connection(lab: Lab) -> None:
     async def fault() -> None:
         sessions = [agent._link.current for agent in lab.agents]
-        await asyncio.to_thread(lab.rabbitmqctl, "close_all_connections", "a test")
-        assert all(session is not None and session.lost.done() for session in sessions)
+        await asyncio.to_thread(lab.rabbitmqctl, "close_all_connections", "-p", "chiffon", "a test")
+
+        async def all_lost() -> bool:
+            return all(session is not None and session.lost.done() for session in sessions)
+
+        await until(all_lost, "the fault: every connection lost")
 
     await survives(lab, "every connection closed", fault)
 
