@@ -27,10 +27,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not REPORTS:
         return
     terminalreporter.section("faults")
-    heading = ("FAULT", "BEATS", "LOST", "BACKWARD", "FALSE OFFLINE", "RECOVERY")
-    terminalreporter.write_line("{:<52}{:>8}{:>6}{:>10}{:>15}{:>10}".format(*heading))
+    heading = ("FAULT", "BEATS", "LOST", "BACKWARD", "FALSE OFFLINE", "CUT OFF", "RECOVERY")
+    terminalreporter.write_line("{:<44}{:>8}{:>6}{:>10}{:>15}{:>9}{:>10}".format(*heading))
     for name, one in REPORTS.items():
         terminalreporter.write_line(
-            f"{name:<52}{one.beats:>8}{one.lost:>6}{one.backward:>10}{one.false_offlines:>15}"
-            f"{one.recovery_seconds:>8.1f} s"
+            f"{name:<44}{one.beats:>8}{one.lost:>6}{one.backward:>10}{one.false_offlines:>15}"
+            f"{one.cut_off:>9}{one.recovery_seconds:>8.1f} s"
         )

@@ -13,18 +13,34 @@ import asyncpg
 import psutil
 import pytest
 
+from chiffon.messages import FleetEvent
+from chiffon.planner import PlannerClient
 from chiffon.registry import asyncpg_url
 from chiffon.session import dial
 from tests.faults.conftest import REPORTS
-from tests.faults.lab import Lab, suffer
+from tests.faults.lab import INTERVAL_SECONDS, Lab, suffer
 from tests.fixtures.waiting import until
 
 pytestmark = [pytest.mark.faults, pytest.mark.asyncio(loop_scope="session")]
 
 
-async def survives(lab: Lab, name: str, fault: Callable[[], Awaitable[None]]) -> None:
+async def survives(
+    lab: Lab, name: str, fault: Callable[[], Awaitable[None]], *, cuts_lines: bool = False
+) -> None:
+    """Check what may never be.
+
+    Args:
+        lab: The system.
+        name: Of the fault, in the table.
+        fault: Injects and heals it.
+        cuts_lines: Whether it keeps agents from dialling again within 1.5 s: they are rightly
+            offline then, because their connection closed.
+    """
     lab.offline.clear()
     report = await suffer(lab, fault)
+    if cuts_lines:
+        wrong = {agent for agent, reason in lab.offline if reason != "connection closed"}
+        report.cut_off, report.false_offlines = report.false_offlines - len(wrong), len(wrong)
     REPORTS[name] = report
     assert report.lost == 0
     assert report.backward == 0
@@ -200,3 +216,73 @@ async def test_the_binding_of_heartbeats_is_lost(lab: Lab) -> None:
         await session.close()
 
     await survives(lab, "binding of heartbeats lost for 8 s", fault)
+
+
+async def test_the_line_is_slow(lab: Lab) -> None:
+    async def fault() -> None:
+        before = lab.beats()
+        lab.proxy.latency_seconds = 0.2
+        await asyncio.sleep(8)
+        slow = lab.beats() - before
+        assert slow < 8 / INTERVAL_SECONDS * len(lab.agents), "nothing was slower"
+        lab.proxy.latency_seconds = 0.0
+
+    await survives(lab, "200 ms of latency, both ways, for 8 s", fault)
+
+
+async def test_lines_are_reset_in_the_middle_of_frames(lab: Lab) -> None:
+    async def fault() -> None:
+        lab.proxy.resets_after_bytes = 40
+        await asyncio.sleep(3)
+        lab.proxy.resets_after_bytes = None
+        assert lab.proxy.resets > len(lab.agents)
+
+    await survives(lab, "lines reset mid-frame for 3 s", fault, cuts_lines=True)
+
+
+async def test_lines_are_open_and_swallow_everything(lab: Lab) -> None:
+    """Shorter than a lease: an agent whose heartbeat is not confirmed dials again in time."""
+
+    async def fault() -> None:
+        lab.proxy.swallows = True
+        await asyncio.sleep(3.5)
+        lab.proxy.swallows = False
+        assert lab.proxy.swallowed_bytes > 0
+
+    await survives(lab, "half-open lines for 3.5 s", fault, cuts_lines=True)
+
+
+async def test_all_agents_are_cut_off_for_longer_than_a_lease(lab: Lab) -> None:
+    """The path is proven, only the agents are silent: one incident, not forty transitions."""
+    async with PlannerClient.open(lab.amqp_url) as planner, planner.watch() as events:
+        told: list[FleetEvent] = []
+
+        async def follow() -> None:
+            async for event in events:
+                if isinstance(event, FleetEvent):
+                    told.append(event)
+
+        async def is_told(state: str) -> bool:
+            return any(event.state == state for event in told)
+
+        async def is_sound() -> bool:
+            return not (await planner.find()).degraded
+
+        async def fault() -> None:
+            await until(is_sound, "an answer that is not degraded, before")
+            lab.proxy.swallows = True
+            await until(lambda: is_told("degraded"), "the incident is told")
+            assert not await is_sound()
+            await asyncio.sleep(8)  # more than it takes to mark the silent
+            lab.proxy.swallows = False
+
+        following = asyncio.create_task(follow())
+        try:
+            await survives(lab, "every agent cut off for 12 s", fault, cuts_lines=True)
+            await until(lambda: is_told("recovered"), "its end is told")
+        finally:
+            following.cancel()
+            await asyncio.wait({following})
+
+    assert [event.state for event in told] == ["degraded", "recovered"]
+    assert REPORTS["every agent cut off for 12 s"].cut_off <= 0.55 * len(lab.agents)
