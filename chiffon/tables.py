@@ -24,18 +24,9 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlmodel import Field, SQLModel
 
-_NUMBERS = (
-    "cpu_percent",
-    "cpu_cores_physical",
-    "cpu_cores_available",
-    "cpu_load_1min",
-    "cpu_load_5min",
-    "memory_percent",
-    "memory_available_gb",
-    "gpu_vram_total_gb",
-    "gpu_vram_available_gb",
-    "gpu_vram_max_available_gb",
-)
+from chiffon.messages import SCALAR_METRICS
+
+_NUMBERS = tuple(name for name in SCALAR_METRICS if name != "gpu_type")
 
 
 def free_sql(key: str, missing: str) -> str:

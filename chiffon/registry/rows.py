@@ -1,0 +1,121 @@
+"""What goes into the registry and what comes out of it, as data."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+from chiffon.messages import AgentStatus, StatusUpdate
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """A heartbeat, and when this process received it: seconds of ``time.monotonic``."""
+
+    update: StatusUpdate
+    received: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stale:
+    """A heartbeat that changed nothing: an older one, or one held for longer than its lease.
+
+    ``kept_incarnation`` above ``incarnation`` means that two processes use one agent id, or that
+    a clock was set back; ``None`` if there is no such row, or it came to be at this moment.
+    """
+
+    agent_id: UUID
+    incarnation: int
+    kept_incarnation: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """A change of an agent's status that is committed, told to exactly one orchestrator.
+
+    ``reason`` is why it is offline: ``farewell``, ``missed 4 heartbeats``, ``connection closed``,
+    ``never heard of``; ``None`` for the other states.
+    """
+
+    agent_id: UUID
+    hostname: str | None
+    pool_name: str
+    status: AgentStatus
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """An agent's connection that closed, and after which none was opened.
+
+    ``is_known``: we saw that connection being opened, and so know that it was the only one. Of
+    others an agent is given time for another heartbeat.
+    """
+
+    agent_id: UUID
+    seconds_ago: float
+    is_known: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What became of a batch: what changed nothing, and whose status changed."""
+
+    stale: list[Stale]
+    transitions: list[Transition]
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What one pass changed: agents marked offline, pools that are held, pools that are let go."""
+
+    transitions: list[Transition]
+    frozen: list[str]
+    thawed: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class AgentRow:
+    """One agent as the registry has it. Ages are seconds on the database's clock.
+
+    ``clock_skew_seconds`` is by how much the agent's clock was ahead of the database's at its last
+    heartbeat, less the time that this was on its way: about ``queue_delay_seconds``, which is
+    measured with the canary and the same for all.
+    """
+
+    agent_id: UUID
+    agent_type: str
+    pool_name: str
+    capabilities: list[str]
+    status: str
+    hostname: str | None
+    agent_version: str | None
+    incarnation: int
+    sequence: int
+    sent_at: datetime | None
+    interval_seconds: float
+    lease_seconds: float
+    drained: bool
+    last_heartbeat_at: datetime | None
+    resource_metrics: Any
+    performance_score: float
+    status_reason: str | None
+    status_changed_at: datetime | None
+    age_seconds: float | None
+    clock_skew_seconds: float | None
+    queue_delay_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The rows that match a capacity query, best first, at most one more than its limit.
+
+    ``malformed`` names up to ten online agents whose metrics nobody can read.
+    """
+
+    as_of: datetime
+    degraded: bool
+    malformed: list[UUID]
+    rows: list[asyncpg.Record]
