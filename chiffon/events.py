@@ -77,8 +77,10 @@ class Events:
                     await asyncio.gather(*(self._publish(event) for event in batch))
                 except BusUnavailable as error:
                     log.debug("events wait: %s", error)
-                    # Some of them may have gone out: better twice than not at all.
-                    self._waiting.extendleft(reversed(batch))
+                    # Some of them may have gone out: better twice than not at all. If more came
+                    # meanwhile than there is room for, these are the oldest, and go.
+                    room = MOST_WAITING - len(self._waiting)
+                    self._waiting.extendleft(reversed(batch[max(len(batch) - room, 0) :]))
                     await asyncio.sleep(CONFIRM_SECONDS)
 
     async def _publish(self, event: AgentEvent | FleetEvent) -> None:

@@ -29,6 +29,7 @@ from chiffon.topology import HELD_HEADER, INGEST
 log = logging.getLogger(__name__)
 
 CANCEL_SECONDS = 2.0
+LONGEST_HELD_SECONDS = 30 * 86_400.0
 FIRST_PAUSE_SECONDS = 0.05
 LONGEST_PAUSE_SECONDS = 2.0
 """Between two tries to commit while the database is away."""
@@ -317,7 +318,8 @@ class Ingest:
 def _held_before(message: DeliveredMessage) -> float:
     """Return for how many seconds a replayed message had been set aside; 0 for any other."""
     held = (message.header.properties.headers or {}).get(HELD_HEADER)
-    return held / 1_000 if isinstance(held, int) and held > 0 else 0.0
+    # Bounded, as anybody may write it, and the database has no such interval.
+    return min(max(held / 1_000, 0.0), LONGEST_HELD_SECONDS) if isinstance(held, int) else 0.0
 
 
 def _read(batch: Sequence[_Delivery]) -> _Reading:

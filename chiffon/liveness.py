@@ -14,10 +14,10 @@ CANARY_FRESH_SECONDS = 5.0
 
 OUTAGE_SHARE = 0.55
 OUTAGE_FEWEST = 2
-"""More than this share of a pool, and more than so many, silent at once are one incident."""
+"""More than this share of a pool, and more than so many, silent at once are one outage."""
 
 OUTAGE_OVER_SHARE = 0.25
-"""The incident is over when less than this share is still silent."""
+"""The outage is over when less than this share is still silent."""
 
 OUTAGE_HOLD_SECONDS = 600.0
 """For so long nobody of such a pool is marked; after that one agent a second."""

@@ -36,7 +36,7 @@ class Sweeper:
         events: Who is told what changed.
         closings: Agents whose connection closed.
         interval_seconds: Between two passes.
-        outage_share: Of a pool; more than that silent at once is one incident.
+        outage_share: Of a pool; more than that silent at once is one outage.
         outage_hold_seconds: How long the transitions of such a pool are held.
     """
 

@@ -165,7 +165,7 @@ class Registry:
         """Move every silent agent offline, if the path from the agents to us is proven.
 
         When more than ``share`` of a pool, and more than two agents, fall silent within a lease,
-        that is one incident: the pool's transitions are held, for ``hold_seconds`` at most, and
+        that is one outage: the pool's transitions are held, for ``hold_seconds`` at most, and
         then made one a second. When its agents speak again, everybody has a lease of grace.
 
         One statement, so any number of orchestrators may run it at once and each transition is

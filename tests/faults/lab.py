@@ -1,8 +1,7 @@
 """A whole system to break: servers of its own, two orchestrators, and agents that never stop.
 
 The checker knows what was confirmed. Whatever the fault was, afterwards the registry must hold it:
-nothing confirmed is lost, nothing goes backward, nobody that kept speaking was marked offline, and
-each change of a status was told once.
+nothing confirmed is lost, nothing goes backward, and nobody that kept speaking was marked offline.
 """
 
 import asyncio

@@ -253,7 +253,7 @@ async def test_lines_are_open_and_swallow_everything(lab: Lab) -> None:
 
 
 async def test_all_agents_are_cut_off_for_longer_than_a_lease(lab: Lab) -> None:
-    """The path is proven, only the agents are silent: one incident, not forty transitions."""
+    """The path is proven, only the agents are silent: one outage, not forty transitions."""
     async with PlannerClient.open(lab.amqp_url) as planner, planner.watch() as events:
         told: list[FleetEvent] = []
 
@@ -271,7 +271,7 @@ async def test_all_agents_are_cut_off_for_longer_than_a_lease(lab: Lab) -> None:
         async def fault() -> None:
             await until(is_sound, "an answer that is not degraded, before")
             lab.proxy.swallows = True
-            await until(lambda: is_told("degraded"), "the incident is told")
+            await until(lambda: is_told("degraded"), "the outage is told")
             assert not await is_sound()
             await asyncio.sleep(8)  # more than it takes to mark the silent
             lab.proxy.swallows = False

@@ -126,12 +126,18 @@ async def test_a_replay_after_the_cause_is_mended_is_recorded_and_may_be_repeate
 
 
 async def test_a_replayed_heartbeat_that_outlived_its_lease_raises_nobody(
-    broker: str, database_url: str, registry: Registry
+    broker: str, database_url: str, registry: Registry, queues: Queues
 ) -> None:
-    old, farewell, young = update(), update(status="offline", resources=None), update()
+    old, forged, young = update(), update(), update()
+    farewell = update(status="offline", resources=None)
     async with orchestrating(broker, database_url):
         async with plain.channel(broker) as to:
-            for one, held_ms in ((old, 3_600_000), (farewell, 3_600_000), (young, 4_000)):
+            for one, held_ms in (
+                (old, 3_600_000),
+                (forged, 2**62),
+                (farewell, 3_600_000),
+                (young, 4_000),
+            ):
                 await plain.publish(
                     to,
                     "chiffon.heartbeats",
@@ -148,6 +154,7 @@ async def test_a_replayed_heartbeat_that_outlived_its_lease_raises_nobody(
         rows = {row.agent_id: row for row in await registry.list_agents()}
 
     assert set(rows) == {farewell.agent_id, young.agent_id}
+    assert queues.take("chiffon.dead-letters") == []
     assert rows[farewell.agent_id].status == "offline"
     assert (rows[young.agent_id].age_seconds or 0) >= 4.0
 

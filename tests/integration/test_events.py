@@ -173,8 +173,6 @@ async def test_an_agent_that_dials_again_does_not_flap(
         async with BaseAgent(amqp_url, interval_seconds=60.0) as agent:
             assert (await next_event(events)) is not None
             for sequence in (2, 3):
-                session = agent._link.current
-                assert session is not None
                 await plain.cut(management, amqp_url, str(agent.identity.agent_id))
 
                 async def is_heard_again(sequence: int = sequence) -> bool:

@@ -1,4 +1,4 @@
-"""Most of a pool silent at once: one incident, not a thousand transitions."""
+"""Most of a pool silent at once: one outage, not a thousand transitions."""
 
 import asyncio
 import time
@@ -78,19 +78,19 @@ async def test_when_most_of_a_pool_falls_silent_nobody_is_marked(
 
 
 @pytest.mark.parametrize(
-    ("members", "silent", "is_incident"),
+    ("members", "silent", "is_outage"),
     [(2, 2, False), (3, 3, True), (20, 11, False), (20, 12, True), (100, 55, False)],
 )
-async def test_an_incident_is_more_than_the_share_and_more_than_two(
-    registry: Registry, database: Connection, members: int, silent: int, is_incident: bool
+async def test_an_outage_is_more_than_the_share_and_more_than_two(
+    registry: Registry, database: Connection, members: int, silent: int, is_outage: bool
 ) -> None:
     agents = await fleet(registry, "desks", members)
     await silence(database, agents[:silent], MARKED_AFTER + 1)
 
     swept = await registry.mark_silent()
 
-    assert bool(swept.frozen) == is_incident
-    assert len(swept.transitions) == (0 if is_incident else silent)
+    assert bool(swept.frozen) == is_outage
+    assert len(swept.transitions) == (0 if is_outage else silent)
 
 
 async def test_those_who_are_silent_and_not_yet_due_count_too(
@@ -122,7 +122,7 @@ async def test_those_who_were_marked_within_the_last_lease_count_too(
     assert frozen == ["desks"]
 
 
-async def test_farewells_are_no_incident(registry: Registry, database: Connection) -> None:
+async def test_farewells_are_no_outage(registry: Registry, database: Connection) -> None:
     agents = await fleet(registry, "desks", 10)
     await registry.record(
         [
@@ -203,7 +203,7 @@ async def test_a_pool_that_went_home_is_marked_after_all_and_slowly(
     assert (await registry.mark_silent()).thawed == ["desks"], "nobody is left to wait for"
 
 
-async def test_many_orchestrators_find_one_incident_once_and_mark_nobody(
+async def test_many_orchestrators_find_one_outage_once_and_mark_nobody(
     registry: Registry, database: Connection
 ) -> None:
     desks = await fleet(registry, "desks", 200)
@@ -239,7 +239,7 @@ async def test_a_closed_connection_is_silence_unless_something_came_since(
     assert len((await registry.mark_silent(late)).transitions) == 1
 
 
-async def test_many_connections_that_close_at_once_are_an_incident(
+async def test_many_connections_that_close_at_once_are_an_outage(
     registry: Registry, database: Connection
 ) -> None:
     desks = await fleet(registry, "desks", 10)
