@@ -15,6 +15,7 @@ from uuid import UUID
 
 from aiormq.abc import DeliveredMessage
 
+from chiffon import liveness
 from chiffon.bus import acknowledge, reject
 from chiffon.dead_letters import DeadLetters
 from chiffon.decoding import undecodable
@@ -22,7 +23,7 @@ from chiffon.encoding import Refusal, decode_heartbeats, encode
 from chiffon.errors import BadMessage, BusUnavailable, RegistryUnavailable, RowRefused
 from chiffon.events import Events
 from chiffon.messages import CANARY, STATUS_UPDATE, StatusUpdate
-from chiffon.registry import Receipt, Recorded, Registry
+from chiffon.registry import Receipt, Recorded, Registry, Stale
 from chiffon.session import Channel, Session, translated
 from chiffon.topology import HELD_HEADER, INGEST
 
@@ -69,6 +70,33 @@ class _Reading:
         ]
 
 
+class _Rivals:
+    """Agents of whose earlier start heartbeats keep coming: two processes use one id."""
+
+    def __init__(self) -> None:
+        self._seen: dict[UUID, int] = {}
+        self._named: dict[UUID, float] = {}
+
+    def tell(self, stale: Iterable[Stale]) -> None:
+        """Name those of which it was not the first time, each at most once a minute."""
+        now = time.monotonic()
+        for one in stale:
+            # The first few may be what was in the queue when the agent was started anew.
+            self._seen[one.agent_id] = self._seen.get(one.agent_id, 0) + 1
+            is_kept_up = self._seen[one.agent_id] >= liveness.MISSED_HEARTBEATS
+            if not is_kept_up or now - self._named.get(one.agent_id, -60.0) < 60.0:
+                continue
+            self._named[one.agent_id] = now
+            log.warning(
+                "agent %s sends heartbeats of an earlier start (%d, the registry has %d): a "
+                "cloned disk, or a clock set back; mend: `chiffon fleet forget %s`",
+                one.agent_id,
+                one.incarnation,
+                one.kept_incarnation,
+                one.agent_id,
+            )
+
+
 class Ingest:
     """Records what the queue ``chiffon.ingest`` holds.
 
@@ -108,7 +136,7 @@ class Ingest:
         self._arrived = asyncio.Event()
         self._full = asyncio.Event()
         self._stopping = False
-        self._named: dict[UUID, float] = {}
+        self._rivals = _Rivals()
 
     async def attach(self, session: Session) -> None:
         """Start to consume on a new connection.
@@ -232,14 +260,14 @@ class Ingest:
     async def _record(self, reading: _Reading) -> None:
         receipts = reading.receipts()
         try:
-            self._report(await self._registry.record(receipts))
+            await self._report(await self._registry.record(receipts))
         except RowRefused:
             for receipt in receipts:
                 await self._record_alone(receipt, reading)
 
     async def _record_alone(self, receipt: Receipt, reading: _Reading) -> None:
         try:
-            self._report(await self._registry.record([receipt]))
+            await self._report(await self._registry.record([receipt]))
         except RowRefused as error:
             update, delivery = reading.newest.pop(receipt.update.agent_id)
             refusal = Refusal(encode(update), f"the database refused it: {error}")
@@ -255,22 +283,16 @@ class Ingest:
             return None
         return max(canary.received - published, 0.0)
 
-    def _report(self, recorded: Recorded) -> None:
+    async def _report(self, recorded: Recorded) -> None:
         self._events.transitions(recorded.transitions)
-        for one in recorded.stale:
-            if one.kept_incarnation is None or one.incarnation >= one.kept_incarnation:
-                continue
-            now = time.monotonic()
-            if now - self._named.get(one.agent_id, -60.0) >= 60.0:
-                self._named[one.agent_id] = now
-                log.warning(
-                    "agent %s sends heartbeats of an earlier start (%d, the registry has %d): a "
-                    "cloned disk, or a clock set back; mend: `chiffon fleet forget %s`",
-                    one.agent_id,
-                    one.incarnation,
-                    one.kept_incarnation,
-                    one.agent_id,
-                )
+        lower = [
+            one
+            for one in recorded.stale
+            if one.kept_incarnation is not None and one.incarnation < one.kept_incarnation
+        ]
+        if lower:
+            await self._registry.count_lower_incarnations([one.agent_id for one in lower])
+            self._rivals.tell(lower)
 
     async def _set_aside(self, reading: _Reading) -> set[int]:
         """Publish what was refused to the dead letters, each with its reason.

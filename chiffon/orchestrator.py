@@ -62,8 +62,10 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
             Registry.open(settings.database_url.get_secret_value())
         )
         await migrations.require_head(registry)
-        await declare()
-        outgoing = await stack.enter_async_context(Link(amqp_url, name=f"{name} publishes"))
+        await declare()  # what cannot be mended ends the process here
+        outgoing = await stack.enter_async_context(
+            Link(amqp_url, name=f"{name} publishes", prepare=lambda _: declare())
+        )
         answers = await stack.enter_async_context(Link(amqp_url, name=f"{name} answers"))
         dead_letters = DeadLetters(outgoing)
         events = Events(outgoing)

@@ -100,7 +100,8 @@ class AgentRegistry(SQLModel, table=True):
     """The fleet: one row an agent, as its newest heartbeat has it.
 
     ``last_heartbeat_at`` is the time of receipt on the database's clock, ``sent_at`` the sender's
-    clock. (``incarnation``, ``sequence``) is the order of the heartbeat that the row holds. The
+    clock. (``incarnation``, ``sequence``) is the order of the heartbeat that the row holds;
+    ``lower_incarnations`` counts those of an earlier start that came since. The
     ``free_*`` columns and ``metrics_sound`` are computed from ``resource_metrics`` by PostgreSQL,
     so that rows which others write are found by the same index.
     """
@@ -146,6 +147,8 @@ class AgentRegistry(SQLModel, table=True):
     drained: bool = Field(default=False, sa_column=_flag("false"))
     status_reason: str | None = Field(default=None, sa_type=Text)
     status_changed_at: datetime | None = Field(default=None, sa_column=_moment())
+    lower_incarnations: int = Field(default=0, sa_column=_order())
+    lower_incarnation_at: datetime | None = Field(default=None, sa_column=_moment())
     free_vram_gb: float | None = Field(
         default=None, sa_column=_computed(free_sql("gpu_vram_available_gb", missing="0"))
     )

@@ -84,6 +84,31 @@ def show(
 
 
 @app.command()
+def forget(
+    agents: Annotated[list[UUID], typer.Argument(metavar="AGENT...", help="Ids.")],
+) -> None:
+    """Remove agents from the registry. Exit code 3 if one of them is not there.
+
+    An agent that still speaks is back, as a new one, with its next heartbeat. So this also mends
+    an id that was in use twice, once only one of the two speaks.
+    """
+    import asyncio
+
+    from chiffon.errors import AgentNotFoundError
+
+    async def remove() -> list[UUID]:
+        async with _registry() as registry:
+            return list(await registry.forget(agents))
+
+    forgotten = asyncio.run(remove())
+    for agent in forgotten:
+        note(f"forgot {agent}")
+    for agent in agents:
+        if agent not in forgotten:
+            raise AgentNotFoundError(agent)
+
+
+@app.command()
 def watch(
     status: StatusOption = None,
     pool_name: PoolOption = None,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def agent_data(agent: "AgentRow") -> dict[str, Any]:
     """Return an agent as JSON has it; times as ISO 8601, ages in seconds."""
     data = asdict(agent)
-    for name in ("sent_at", "last_heartbeat_at", "status_changed_at"):
+    for name in ("sent_at", "last_heartbeat_at", "status_changed_at", "lower_incarnation_at"):
         data[name] = data[name].isoformat() if data[name] is not None else None
     data["agent_id"] = str(agent.agent_id)
     data["heartbeat_age_seconds"] = data.pop("age_seconds")

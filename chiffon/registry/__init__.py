@@ -36,7 +36,10 @@ from chiffon.registry.rows import (
     Transition,
 )
 from chiffon.registry.statements import (
+    COUNT_LOWER_INCARNATIONS,
     FIND,
+    FORGET,
+    FORGET_EMPTY_POOLS,
     LIST,
     MARK_PATH_FRESH,
     MARK_SILENT,
@@ -143,6 +146,10 @@ class Registry:
             await connection.fetch(RECORD, *([] for _ in range(14)))
             self._prepared_on.add(backend)
 
+    async def count_lower_incarnations(self, agent_ids: Sequence[UUID]) -> None:
+        """Note with each of these agents that a heartbeat of an earlier start came once more."""
+        await self._fetch(COUNT_LOWER_INCARNATIONS, agent_ids)
+
     async def mark_path_fresh(self, received: float, delay_seconds: float | None = None) -> None:
         """Note that a canary went the whole way to the database.
 
@@ -241,6 +248,18 @@ class Registry:
     ) -> list[AgentRow]:
         """Return all agents that fit the filters (``None``: any), by pool, host and id."""
         return [_agent(row) for row in await self._fetch(LIST, status, pool_name, agent_type)]
+
+    async def forget(self, agent_ids: Sequence[UUID]) -> list[UUID]:
+        """Remove agents, and what is known of pools that have none any more.
+
+        One that still speaks is back, as a new agent, with its next heartbeat.
+
+        Returns:
+            Those that were there.
+        """
+        rows = await self._fetch(FORGET, agent_ids)
+        await self._fetch(FORGET_EMPTY_POOLS)
+        return [row["agent_id"] for row in rows]
 
     async def revision(self) -> str | None:
         """Return the revision of the database's structure, ``None`` where there is none yet."""

@@ -82,7 +82,8 @@ class AgentRow:
 
     ``clock_skew_seconds`` is by how much the agent's clock was ahead of the database's at its last
     heartbeat, less the time that this was on its way: about ``queue_delay_seconds``, which is
-    measured with the canary and the same for all.
+    measured with the canary and the same for all. ``lower_incarnations`` counts heartbeats of an
+    earlier start, which changed nothing: many of them are a cloned disk, or a clock set back.
     """
 
     agent_id: UUID
@@ -103,6 +104,8 @@ class AgentRow:
     performance_score: float
     status_reason: str | None
     status_changed_at: datetime | None
+    lower_incarnations: int
+    lower_incarnation_at: datetime | None
     age_seconds: float | None
     clock_skew_seconds: float | None
     queue_delay_seconds: float | None

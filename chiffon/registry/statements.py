@@ -51,6 +51,26 @@ SELECT b.agent_id, coalesce(a.is_changed, false) AS is_changed, a.agent_id IS NU
  WHERE a.is_changed IS NOT FALSE
 """
 
+COUNT_LOWER_INCARNATIONS = """
+UPDATE agent_registry r
+   SET lower_incarnations = r.lower_incarnations + 1, lower_incarnation_at = now()
+ WHERE agent_id IN (
+   SELECT agent_id FROM agent_registry WHERE agent_id = ANY($1::uuid[])
+    ORDER BY agent_id FOR UPDATE)
+"""
+
+FORGET = """
+DELETE FROM agent_registry WHERE agent_id IN (
+  SELECT agent_id FROM agent_registry WHERE agent_id = ANY($1::uuid[])
+   ORDER BY agent_id FOR UPDATE)
+RETURNING agent_id
+"""
+
+FORGET_EMPTY_POOLS = """
+DELETE FROM pool_state s
+ WHERE NOT EXISTS (SELECT FROM agent_registry r WHERE r.pool_name = s.pool_name)
+"""
+
 MARK_PATH_FRESH = """
 INSERT INTO ingest_path AS p (queue_delay_seconds, fresh_at, fresh_since, grace_until)
 SELECT $2::float8, now() - $1 * interval '1 second', statement_timestamp(),
@@ -218,7 +238,7 @@ _AGENT = """
 SELECT r.agent_id, r.agent_type, r.pool_name, r.capabilities, r.status, r.hostname,
        r.agent_version, r.incarnation, r.sequence, r.sent_at, r.interval_seconds,
        r.lease_seconds, r.drained, r.last_heartbeat_at, r.resource_metrics, r.performance_score,
-       r.status_reason, r.status_changed_at,
+       r.status_reason, r.status_changed_at, r.lower_incarnations, r.lower_incarnation_at,
        extract(epoch FROM statement_timestamp() - r.last_heartbeat_at)::float8 AS age_seconds,
        extract(epoch FROM r.sent_at - r.last_heartbeat_at)::float8 AS clock_skew_seconds,
        (SELECT queue_delay_seconds FROM ingest_path) AS queue_delay_seconds

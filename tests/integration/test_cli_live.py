@@ -78,6 +78,12 @@ async def test_the_fleet_and_its_capacity_are_shown(
         assert unknown.returncode == 3
         assert "is not in the registry" in unknown.stderr
 
+        assert (await run("fleet", "forget", str(away.agent_id))).returncode == 0
+        again = await run("fleet", "forget", str(big.agent_id), str(away.agent_id))
+        assert again.returncode == 3
+        assert f"agent {away.agent_id} is not in the registry" in again.stderr
+        assert json.loads((await run("fleet", "list", "-o", "json")).stdout) == []
+
 
 def test_without_an_orchestrator_a_question_is_told_that_nobody_answers(
     chiffon: Callable[..., Done], broker: str
@@ -101,7 +107,7 @@ def test_the_topology_is_declared_and_checked(chiffon: Callable[..., Done]) -> N
 
 
 def test_the_database_is_upgraded_checked_and_taken_back(chiffon: Callable[..., Done]) -> None:
-    assert chiffon("db", "current").stdout.strip() == "0006"
+    assert chiffon("db", "current").stdout.strip() == "0007"
     assert chiffon("db", "check").returncode == 0
     assert chiffon("db", "downgrade", "0001").returncode == 0
     assert chiffon("db", "current").stdout.strip() == "0001"

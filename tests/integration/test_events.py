@@ -92,6 +92,21 @@ async def test_agents_that_come_and_go_are_told_with_the_reason(
     assert (busy.status, left.status, left.reason) == ("busy", "offline", "farewell")
 
 
+async def test_events_go_on_after_somebody_deleted_their_exchange(
+    amqp_url: str, database_url: str
+) -> None:
+    async with (
+        orchestrating(amqp_url, database_url),
+        plain.channel(amqp_url) as channel,
+        PlannerClient.open(amqp_url) as planner,
+    ):
+        await channel.exchange_delete("chiffon.events")
+        async with BaseAgent(amqp_url) as agent, planner.watch(agent.identity.agent_id) as events:
+            agent.status = "busy"
+            while (await next_event(events)).status != "busy":  # type: ignore[union-attr]
+                pass
+
+
 async def test_one_agent_may_be_followed_alone(amqp_url: str, database_url: str) -> None:
     async with orchestrating(amqp_url, database_url), PlannerClient.open(amqp_url) as planner:
         wanted = BaseAgent(amqp_url)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import time
+from functools import partial
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -186,23 +187,46 @@ async def test_a_redelivered_or_older_heartbeat_changes_nothing(
     assert (after.sequence, after.status) == (7, "online")
 
 
-async def test_an_earlier_incarnation_that_keeps_coming_is_named(
+async def test_an_earlier_incarnation_that_keeps_coming_is_counted_and_named(
     amqp_url: str, database_url: str, registry: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:
     agent_id = uuid4()
+
+    async def counted(count: int) -> bool:
+        row = await registry.show(agent_id)
+        return row is not None and row.lower_incarnations == count
+
+    def told() -> list[str]:
+        return [line for line in caplog.messages if "sends heartbeats of an earlier start" in line]
+
     async with orchestrating(amqp_url, database_url), plain.channel(amqp_url) as to:
         await send(to, update(agent_id, incarnation=20))
         await recorded(registry, agent_id, 1)
         with caplog.at_level(logging.WARNING):
-            for sequence in (1, 2, 3):
+            for sequence in (1, 2, 3, 4):
+                assert bool(told()) == (sequence > 3), "one or two may be from the queue"
                 await send(to, update(agent_id, incarnation=10, sequence=sequence))
-            marker = update()
-            await send(to, marker)
-            await recorded(registry, marker.agent_id, 1)
+                await until(partial(counted, sequence), "one more is counted")
 
-    told = [line for line in caplog.messages if "sends heartbeats of an earlier start" in line]
-    assert len(told) == 1
-    assert str(agent_id) in told[0]
+    assert len(told()) == 1
+    assert str(agent_id) in told()[0]
+    row = await registry.show(agent_id)
+    assert row is not None
+    assert (row.incarnation, row.sequence) == (20, 1)
+    assert row.lower_incarnation_at is not None
+
+
+async def test_a_forgotten_agent_comes_back_as_a_new_one_whatever_its_incarnation(
+    amqp_url: str, database_url: str, registry: Registry
+) -> None:
+    agent_id, unknown = uuid4(), uuid4()
+    async with orchestrating(amqp_url, database_url), plain.channel(amqp_url) as to:
+        await send(to, update(agent_id, incarnation=20, sequence=9))
+        await recorded(registry, agent_id, 9)
+        assert await registry.forget([agent_id, unknown]) == [agent_id]
+        assert await registry.show(agent_id) is None
+        await send(to, update(agent_id, incarnation=10, sequence=1))
+        await recorded(registry, agent_id, 1)
 
 
 async def test_heartbeats_that_outlived_their_lease_in_the_queue_are_no_dead_letters(

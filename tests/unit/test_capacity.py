@@ -33,6 +33,8 @@ def row(metrics: Any) -> AgentRow:
         performance_score=0.0,
         status_reason=None,
         status_changed_at=None,
+        lower_incarnations=0,
+        lower_incarnation_at=None,
         age_seconds=None,
         clock_skew_seconds=None,
         queue_delay_seconds=None,
