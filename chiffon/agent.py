@@ -21,13 +21,12 @@ from datetime import UTC, datetime
 from typing import Any, Protocol, Self
 
 from chiffon import __version__, liveness
-from chiffon.bus import Properties, Publisher
-from chiffon.encoding import encode, routing_key
+from chiffon.bus import Publisher, publish_heartbeat
 from chiffon.errors import BusUnavailable, ChiffonError, Unroutable, exit_code
 from chiffon.identity import Identity, claim, fresh, peek
 from chiffon.link import Link
 from chiffon.logs import configure
-from chiffon.messages import STATUS_UPDATE, AgentStatus, AgentType, ResourceMetrics, StatusUpdate
+from chiffon.messages import AgentStatus, AgentType, ResourceMetrics, StatusUpdate
 from chiffon.probes.operator import OperatorWord
 from chiffon.probes.reader import Reader
 from chiffon.probes.sample import Reading
@@ -38,7 +37,6 @@ from chiffon.topology import HEARTBEATS
 
 log = logging.getLogger(__name__)
 
-CONFIRM_SECONDS = 3.0
 JITTER = 0.05
 """Each pause is up to 5 % shorter or longer, so that agents started together drift apart."""
 
@@ -103,13 +101,13 @@ class BaseAgent:
         self._interval = interval_seconds
         self._sequence = 0
         self._due = asyncio.Event()
-        self._lease = liveness.lease(self.compose(None).interval_seconds)
+        lease = liveness.lease(self.compose(None).interval_seconds)
         self._resources = resources
         self._link = Link(
             url,
             name=str(self.identity.agent_id),
             prepare=_await_heartbeats_exchange,
-            redial_cap_seconds=liveness.redial_cap(self._lease),
+            redial_cap_seconds=liveness.redial_cap(lease),
             stop_if_refused=stop_if_refused,
         )
         self._publisher = Publisher(self._link)
@@ -214,19 +212,7 @@ class BaseAgent:
 
     async def _publish(self, update: StatusUpdate) -> None:
         self._sequence = update.sequence
-        lifetime = None if update.is_farewell else str(int(self._lease * 1_000))
-        await self._publisher.publish(
-            encode(update),
-            exchange=HEARTBEATS,
-            routing_key=routing_key(update),
-            properties=Properties(
-                message_type=STATUS_UPDATE,
-                content_type="application/json",
-                delivery_mode=2 if update.is_farewell else 1,
-                expiration=lifetime,
-            ),
-            timeout=CONFIRM_SECONDS,
-        )
+        await publish_heartbeat(self._publisher, update)
         self._link.works()
 
     async def _beat(self) -> None:

@@ -5,11 +5,17 @@ import asyncio
 from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
 
+from chiffon import liveness
+from chiffon.encoding import encode, routing_key
 from chiffon.errors import BusUnavailable, Unroutable
 from chiffon.link import Link
+from chiffon.messages import STATUS_UPDATE, StatusUpdate
 from chiffon.session import CLOSE_SECONDS, Channel, Session, translated
+from chiffon.topology import HEARTBEATS
 
 Properties = Basic.Properties
+
+HEARTBEAT_CONFIRM_SECONDS = 3.0
 
 
 class Publisher:
@@ -114,6 +120,31 @@ async def publish(
             mandatory=mandatory,
             timeout=timeout,
         )
+
+
+async def publish_heartbeat(publisher: Publisher, update: StatusUpdate) -> None:
+    """Publish one heartbeat and wait for its confirm.
+
+    It expires with the agent's lease, since what waited longer tells nothing about the present.
+    A farewell does not, and survives a broker's restart.
+
+    Raises:
+        Unroutable: No queue takes heartbeats.
+        BusUnavailable: Not confirmed within 3 s.
+    """
+    lease_milliseconds = int(liveness.lease(update.interval_seconds) * 1_000)
+    await publisher.publish(
+        encode(update),
+        exchange=HEARTBEATS,
+        routing_key=routing_key(update),
+        properties=Properties(
+            message_type=STATUS_UPDATE,
+            content_type="application/json",
+            delivery_mode=2 if update.is_farewell else 1,
+            expiration=None if update.is_farewell else str(lease_milliseconds),
+        ),
+        timeout=HEARTBEAT_CONFIRM_SECONDS,
+    )
 
 
 async def acknowledge(message: DeliveredMessage, *, multiple: bool = False) -> None:

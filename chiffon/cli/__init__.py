@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from chiffon import __version__
-from chiffon.cli import agent, bus, capacity, db, fleet, orchestrator, schema, up
+from chiffon.cli import agent, bus, capacity, db, fleet, orchestrator, schema, simulate, up
 
 app = typer.Typer(
     name="chiffon",
@@ -21,6 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("up")(up.up)
+app.command("simulate")(simulate.simulate)
 app.add_typer(agent.app, name="agent")
 app.add_typer(orchestrator.app, name="orchestrator")
 app.add_typer(fleet.app, name="fleet")
