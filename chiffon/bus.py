@@ -1,6 +1,7 @@
 """Publishing, acknowledging and rejecting on the broker, each bounded in time."""
 
 import asyncio
+import time
 
 from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
@@ -50,10 +51,14 @@ class Publisher:
         Raises:
             BusUnavailable: As ``publish``, or no connection came in time.
         """
+        session: Session | None = None
+        began = time.monotonic()
         try:
             async with asyncio.timeout(timeout):
+                session = await self._link.session()
+                began = time.monotonic()
                 await publish(
-                    await self._channel(),
+                    await self._channel(session),
                     body,
                     exchange=exchange,
                     routing_key=routing_key,
@@ -65,20 +70,22 @@ class Publisher:
             raise
         except TimeoutError:
             trouble = f"not published in {timeout:g} s: {self._link.trouble}"
-            self._suspect(trouble)
+            # Who waited for the connection for most of the time knows nothing of it. If such
+            # callers gave it up, those of a lost one would take the next one down with them.
+            if session is not None and time.monotonic() - began >= timeout / 2:
+                self._suspect(session, trouble)
             raise BusUnavailable(trouble) from None
         except BusUnavailable as error:
-            self._suspect(str(error))
+            if session is not None:
+                self._suspect(session, str(error))
             raise
 
-    def _suspect(self, trouble: str) -> None:
-        session = self._link.current
-        if self._confirms and session is not None and not session.is_blocked:
+    def _suspect(self, session: Session, trouble: str) -> None:
+        if self._confirms and not session.is_blocked:
             session.drop(trouble)
 
-    async def _channel(self) -> Channel:
+    async def _channel(self, session: Session) -> Channel:
         async with self._opening:
-            session = await self._link.session()
             if self._open is None or self._open[0] is not session:
                 self._open = (session, await session.channel(confirms=self._confirms))
             return self._open[1]
@@ -119,6 +126,9 @@ async def publish(
             properties=properties,
             mandatory=mandatory,
             timeout=timeout,
+            # Else the library keeps all others from publishing until the socket has drained, one
+            # turn of the loop a message; who wants to know waits for the confirm.
+            wait=False,  # type: ignore[call-arg]
         )
 
 

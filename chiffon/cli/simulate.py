@@ -9,11 +9,15 @@ import typer
 from chiffon.cli.output import Column, Format, FormatOption, emit, note, show_many, show_one
 
 SHOWN = 20
+AGENTS_A_CONNECTION = 150
+"""With many more the client library is what is slow: it sends a frame a turn of the loop."""
 
 
 def simulate(
     agents: Annotated[int, typer.Option(min=1, max=1_000_000)] = 100,
-    connections: Annotated[int, typer.Option(min=1, help="Shared by all agents.")] = 4,
+    connections: Annotated[
+        int | None, typer.Option(min=1, help="Shared by all agents. Default: one for 150 of them.")
+    ] = None,
     seconds: Annotated[float, typer.Option(help="How long they live.")] = 60.0,
     interval_seconds: Annotated[
         float, typer.Option(min=0.5, max=600.0, help="Between two heartbeats of one agent.")
@@ -53,7 +57,7 @@ def simulate(
 
     plan = Plan(
         agents=agents,
-        connections=min(connections, agents),
+        connections=connections or -(-agents // AGENTS_A_CONNECTION),
         seconds=seconds,
         interval_seconds=interval_seconds,
         loss=loss,

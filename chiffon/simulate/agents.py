@@ -22,6 +22,7 @@ BUSY_SHARE = 0.05
 CRASH_SHARE, STAYS_AWAY_SHARE = 0.5, 0.1
 """Of those that leave: without a word and at once back; for good."""
 
+RETRY_SECONDS = 0.2
 LAST_WORDS_SECONDS = 30.0
 """For the last heartbeat of an agent to be confirmed."""
 
@@ -45,7 +46,7 @@ class Plan:
     """
 
     agents: int = 100
-    connections: int = 4
+    connections: int = 1
     seconds: float = 60.0
     interval_seconds: float = 5.0
     loss: float = 0.01
@@ -116,7 +117,8 @@ class Agent:
             # What befell it at the very end would still be on its way when all is compared.
             is_last = left < 4 * self._plan.interval_seconds
             await (self._send(self._compose()) if is_last else self._beat())
-            await asyncio.sleep(self._pause())
+            # As a real agent does, with a fresh reading as soon as there is a line again.
+            await asyncio.sleep(self._pause() if self._last_confirmed else RETRY_SECONDS)
             if not is_last and self._leaves():
                 leaves_for_good = await self._leave()
         if self._later:
@@ -196,7 +198,7 @@ class Agent:
         while not await self._send(self._compose(status)):
             if _now() > gives_up:
                 raise BusUnavailable(f"no heartbeat confirmed within {LAST_WORDS_SECONDS:g} s")
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(RETRY_SECONDS)
 
     def _leaves(self) -> bool:
         return self._chance.random() < self._plan.churn * self._plan.interval_seconds / 60

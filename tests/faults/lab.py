@@ -28,7 +28,7 @@ from chiffon.messages import ResourceMetrics, StatusUpdate
 from chiffon.provisioning import declare
 from chiffon.registry import asyncpg_url
 from chiffon.session import dial
-from tests.faults.proxy import Proxy
+from tests.fixtures.proxy import Proxy
 from tests.fixtures.waiting import until
 
 AGENTS = 40
@@ -229,7 +229,7 @@ async def opened(folder: Path) -> AsyncIterator[Lab]:
             [],
             folder,
         )
-        through = _through(node.amqp_url, lab.proxy.port)
+        through = lab.proxy.url(node.amqp_url)
         stack.callback(lab.broker.end)
         stack.callback(lab.database.end)
         for _ in range(2):
@@ -245,11 +245,6 @@ async def opened(folder: Path) -> AsyncIterator[Lab]:
 def _proxy_to(url: str) -> Proxy:
     parts = urlsplit(url)
     return Proxy(parts.hostname or "", parts.port or 0)
-
-
-def _through(url: str, port: int) -> str:
-    parts = urlsplit(url)
-    return parts._replace(netloc=f"{parts.username}:{parts.password}@127.0.0.1:{port}").geturl()
 
 
 def _end(lab: Lab) -> None:

@@ -1,0 +1,69 @@
+"""Publishing through a line that swallows everything."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from urllib.parse import urlsplit
+
+import pytest
+
+from chiffon.bus import Properties, Publisher
+from chiffon.errors import BusUnavailable
+from chiffon.link import Link
+from chiffon.session import Session
+from tests.fixtures.proxy import Proxy
+
+TIMEOUT = 1.0
+
+
+@pytest.fixture
+async def proxy(amqp_url: str) -> AsyncIterator[Proxy]:
+    parts = urlsplit(amqp_url)
+    async with Proxy(parts.hostname or "", parts.port or 0).running() as made:
+        yield made
+
+
+async def publish(publisher: Publisher) -> None:
+    await publisher.publish(
+        b"{}",
+        exchange="chiffon.heartbeats",
+        routing_key="heartbeat.a.b.c",
+        properties=Properties(expiration="0"),
+        timeout=TIMEOUT,
+    )
+
+
+async def test_a_connection_that_confirms_nothing_in_time_is_given_up(
+    amqp_url: str, broker: str, proxy: Proxy
+) -> None:
+    async with Link(proxy.url(amqp_url), name="test") as link:
+        publisher = Publisher(link)
+        await publish(publisher)
+        session = await link.session()
+        proxy.swallows = True
+        with pytest.raises(BusUnavailable, match="not published in 1 s"):
+            await publish(publisher)
+        proxy.swallows = False
+
+    assert session.lost.done()
+
+
+async def test_who_waited_for_the_connection_does_not_take_the_new_one_down(
+    amqp_url: str, broker: str, proxy: Proxy
+) -> None:
+    """Many publishers share a line: those of the lost one must not lose the next one as well."""
+    dialled = asyncio.Event()
+
+    async def slow(_: Session) -> None:
+        dialled.set()
+        await asyncio.sleep(0.8 * TIMEOUT)
+
+    async with Link(proxy.url(amqp_url), name="test", prepare=slow) as link:
+        await dialled.wait()
+        waiting = asyncio.create_task(publish(Publisher(link)))
+        session = await link.session()
+        proxy.swallows = True
+        with pytest.raises(BusUnavailable):
+            await waiting
+        assert proxy.swallowed_bytes > 0
+        assert link.current is session
+        proxy.swallows = False
