@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 STAMP := $(VENV)/.set-up
 
 .DEFAULT_GOAL := help
@@ -20,13 +21,13 @@ up: $(STAMP) ## Run the whole system on this machine until Ctrl-C; options: make
 	@$(BIN)/chiffon up $(ARGS)
 
 test: $(STAMP) ## Run all tests, on real servers that the tests start themselves; ARGS are pytest's
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-unit: $(STAMP) ## Run the tests that need no server
 	@$(BIN)/python -m pytest tests/unit $(ARGS)
 
 test-faults: $(STAMP) ## Break a whole system in every way we know, and print what each fault did
-	@$(BIN)/python -m pytest tests/faults -m faults $(ARGS)
+	@$(BIN)/python -m pytest tests/faults -m faults -n $(WORKERS) --dist loadgroup $(ARGS)
 
 lint: $(STAMP) ## Check style, types and import directions
 	@$(BIN)/ruff check .

@@ -186,7 +186,7 @@ async def dial(url: str, name: str) -> Session:
     # `aio_pika.connect` would leave a half-open connection to the garbage collector.
     connection = aio_pika.Connection(URL(target), client_properties={"connection_name": name})
     try:
-        with _translated_dial(parts, where):
+        with _cancellable(), _translated_dial(parts, where):
             await connection.connect(timeout=DIAL_SECONDS)
     except BaseException:
         await connection.close()
@@ -241,11 +241,38 @@ def translated(doing: str) -> Iterator[None]:
     A ``CancelledError`` that nobody asked for is one of them: when a connection dies, aiormq
     raises it from a publish in flight, and a loop that lets it pass would end silently.
     """
+    with _cancellable(), _translated(doing):
+        yield
+
+
+@contextmanager
+def _cancellable() -> Iterator[None]:
+    """Raise the cancellation that was asked for inside the block, and that the library lost.
+
+    aiormq shrugs off one that comes at the end of dialling: a loop that is cancelled then would
+    go on for ever, and who waits for its end would wait as long. One that was asked for before
+    has been raised before: what runs now is tidying up.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task is not None else 0
+    try:
+        yield
+    except Exception:
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError from None
+        raise
+    if task is not None and task.cancelling() > before:
+        raise asyncio.CancelledError
+
+
+@contextmanager
+def _translated(doing: str) -> Iterator[None]:
+    task = asyncio.current_task()
+    before = task.cancelling() if task is not None else 0
     try:
         yield
     except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
+        if task is not None and task.cancelling() > before:
             raise
         raise BusUnavailable(f"{doing}: the connection broke") from None
     except TimeoutError:

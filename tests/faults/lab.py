@@ -1,33 +1,41 @@
-"""A whole system to break: servers of its own, two orchestrators, and agents that never stop.
+"""A whole system to break: servers of its own, two orchestrators, agents that never stop.
 
-The checker knows what was confirmed. Whatever the fault was, afterwards the registry must hold it:
-nothing confirmed is lost, nothing goes backward, and nobody that kept speaking was marked offline.
+Beside the agents there are ghosts, which said farewell or fell silent and must stay dead, and a
+planner that asks all the time. What was confirmed is known, so it is known what must be there.
 """
 
 import asyncio
+import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
-from uuid import UUID
+from typing import Any, TypeVar
+from uuid import UUID, uuid4
 
+import aio_pika
 import asyncpg
-import psutil
 
 from chiffon import migrations
 from chiffon.agent import BaseAgent
 from chiffon.embedded import postgres, rabbitmq
-from chiffon.messages import ResourceMetrics, StatusUpdate
+from chiffon.encoding import encode, routing_key
+from chiffon.errors import BusUnavailable, CapacityError
+from chiffon.messages import CapacityQuery, ResourceMetrics, StatusUpdate
+from chiffon.planner import PlannerClient
 from chiffon.provisioning import declare
 from chiffon.registry import asyncpg_url
-from chiffon.session import dial
+from chiffon.session import dial_any, hosts
+from tests.faults import audit
+from tests.faults.server import Server, end
+from tests.fixtures import plain
+from tests.fixtures.heartbeats import update
 from tests.fixtures.proxy import Proxy
 from tests.fixtures.waiting import until
 
@@ -35,55 +43,11 @@ AGENTS = 40
 INTERVAL_SECONDS = 0.5
 """So a lease is 5 s, and the silent are marked after 6.7 s."""
 
+QUESTION_SECONDS = 2.0
+"""How long the planner waits for an answer."""
+
 PROJECT = Path(__file__).parents[2]
-LEAST_RATE = 40.0
-"""Confirmed heartbeats a second before a fault: with less the run proves nothing."""
-
-
-class Server:
-    """A server process that can be killed, frozen and started again as it was."""
-
-    def __init__(self, pid: int) -> None:
-        process = psutil.Process(pid)
-        self._argv, self._environment = process.cmdline(), process.environ()
-        self._folder, self._user = process.cwd(), process.uids().effective
-        self._group = process.gids().effective
-        self.pid = pid
-        self._own: subprocess.Popen[bytes] | None = None
-
-    def kill(self) -> None:
-        """End it, with all that it started, without a chance to tidy up."""
-        process = psutil.Process(self.pid)
-        children = process.children(recursive=True)
-        for one in (process, *children):
-            one.send_signal(signal.SIGKILL)
-        if self._own is not None:
-            self._own.wait()
-        psutil.wait_procs([process, *children], timeout=30)
-
-    def start(self) -> None:
-        self._own = subprocess.Popen(
-            self._argv,
-            env=self._environment,
-            cwd=self._folder,
-            user=self._user,
-            group=self._group,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        self.pid = self._own.pid
-
-    def freeze(self) -> None:
-        os.kill(self.pid, signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        os.kill(self.pid, signal.SIGCONT)
-
-    def end(self) -> None:
-        if self._own is not None and self._own.poll() is None:
-            self._own.kill()
-            self._own.wait()
+AWAY = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
 
 
 class Agent(BaseAgent):
@@ -108,37 +72,71 @@ class Resources:
         pass
 
 
-@dataclass
-class Report:
-    """What one fault did."""
+class Planner:
+    """Asks all the time; each question must end in an answer or a clear error, and in time."""
 
-    beats: int = 0
-    lost: int = 0
-    backward: int = 0
-    false_offlines: int = 0
-    cut_off: int = 0
-    recovery_seconds: float = 0.0
-    notes: list[str] = field(default_factory=list)
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self.answered = self.refused = self.late = 0
+
+    async def run(self) -> None:
+        """Ask until cancelled."""
+        query = CapacityQuery(agent_type=None, min_cpu_cores=0)
+        async with PlannerClient.open(self._url) as planner:
+            while True:
+                asked = time.monotonic()
+                try:
+                    await planner.find(query, timeout=QUESTION_SECONDS)
+                    self.answered += 1
+                except (BusUnavailable, CapacityError):
+                    self.refused += 1
+                if time.monotonic() - asked > QUESTION_SECONDS + 1:
+                    self.late += 1
+                await asyncio.sleep(0.2)
 
 
-@dataclass
 class Lab:
-    """The system under test."""
+    """The system under test.
 
-    amqp_url: str
-    database_url: str
-    broker: Server
-    database: Server
-    node: rabbitmq.RabbitMQ
-    proxy: Proxy
-    orchestrators: list[subprocess.Popen[bytes]]
-    agents: list[Agent]
-    logs: Path
-    backward: int = 0
-    offline: list[tuple[UUID, str | None]] = field(default_factory=list)
-    _seen: dict[UUID, tuple[int, int]] = field(default_factory=dict)
+    Args:
+        amqp_url: The broker, or all nodes of it.
+        database_url: The registry.
+        brokers: The nodes.
+        database: The server of the registry.
+        proxy: What the agents speak through.
+        logs: Where the orchestrators write.
+    """
+
+    def __init__(
+        self,
+        amqp_url: str,
+        database_url: str,
+        brokers: Sequence[Server],
+        database: Server,
+        proxy: Proxy,
+        logs: Path,
+    ) -> None:
+        self.amqp_url, self.database_url = amqp_url, database_url
+        self.brokers, self.database, self.proxy = brokers, database, proxy
+        self.node: rabbitmq.RabbitMQ | None = None
+        self.agents: list[Agent] = []
+        self.orchestrators: list[subprocess.Popen[bytes]] = []
+        self.dead: list[StatusUpdate] = []
+        self._logs = logs
+        self.told: Counter[UUID] = Counter()
+        """Whom the orchestrators said to have marked offline."""
+        self.made: Counter[UUID] = Counter()
+        """Whom the database saw marked offline."""
+        self._log_ends: dict[Path, int] = {}
+        self._numbers = itertools.count()
+
+    @property
+    def broker(self) -> Server:
+        """The first node."""
+        return self.brokers[0]
 
     def rabbitmqctl(self, *arguments: str) -> None:
+        assert self.node is not None
         subprocess.run(
             [str(self.node.program.with_name("rabbitmqctl")), *arguments],
             env=self.node.environment,
@@ -147,10 +145,12 @@ class Lab:
             timeout=60,
         )
 
-    def start_orchestrator(self) -> subprocess.Popen[bytes]:
-        with (self.logs / f"orchestrator-{time.monotonic():.3f}.log").open("wb") as output:
+    def start_orchestrator(self, *argv: str) -> subprocess.Popen[bytes]:
+        """Start one more; ``argv`` is what to run instead of ``chiffon orchestrator run``."""
+        log = self._logs / f"orchestrator-{next(self._numbers)}.log"
+        with log.open("wb") as output:
             started = subprocess.Popen(
-                [sys.executable, "-m", "chiffon", "orchestrator", "run"],
+                [sys.executable, "-m", *(argv or ("chiffon", "orchestrator", "run"))],
                 env={
                     **os.environ,
                     "CHIFFON_AMQP_URL": self.amqp_url,
@@ -163,11 +163,33 @@ class Lab:
         self.orchestrators.append(started)
         return started
 
+    def end(self) -> None:
+        """End all orchestrators."""
+        for one in self.orchestrators:
+            end(one)
+
+    async def changes(self) -> list[audit.Change]:
+        """Return what changed since the last call, and count who was marked offline."""
+        # The logs first: what they tell is committed, so the audit has it, and not the reverse.
+        for path in self._logs.glob("orchestrator-*.log"):
+            with path.open("rb") as file:
+                file.seek(self._log_ends.get(path, 0))
+                content = file.read()
+                self._log_ends[path] = file.tell()
+            self.told.update(UUID(found.decode()) for found in _TOLD.findall(content))
+        found = await audit.take(self.database_url)
+        self.made.update(one.agent_id for one in found if one.is_marking)
+        return found
+
+    def doubled(self) -> int:
+        """Return how many transitions more were told than were made."""
+        return sum(max(count - self.made[agent_id], 0) for agent_id, count in self.told.items())
+
     async def rows(self) -> dict[UUID, Any]:
         connection = await asyncpg.connect(asyncpg_url(self.database_url), timeout=5)
         try:
             found = await connection.fetch(
-                "SELECT agent_id, status, status_reason, incarnation, sequence,"
+                "SELECT agent_id, status, incarnation, sequence,"
                 " extract(epoch FROM clock_timestamp() - last_heartbeat_at)::float8 AS age"
                 " FROM agent_registry"
             )
@@ -175,135 +197,109 @@ class Lab:
             await connection.close()
         return {row["agent_id"]: row for row in found}
 
-    async def look(self) -> dict[UUID, Any]:
-        """Look at the registry once, and note what must never be."""
-        rows = await self.rows()
-        for agent_id, row in rows.items():
-            order = (row["incarnation"], row["sequence"])
-            if order < self._seen.get(agent_id, (0, 0)):
-                self.backward += 1
-            self._seen[agent_id] = order
-            if row["status"] == "offline" and row["status_reason"] != "farewell":
-                self.offline.append((agent_id, row["status_reason"]))
-        return rows
-
-    async def watch(self) -> None:
-        """Look five times a second, as long as the database lets us."""
-        while True:
-            with suppress(OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
-                await self.look()
-            await asyncio.sleep(0.2)
-
-    async def all_fresh(self) -> bool:
-        """Whether the registry has a heartbeat of the last 1.5 s from every agent."""
+    async def is_whole(self) -> bool:
+        """Whether every agent was heard in the last 1.5 s, and every orchestrator consumes."""
         try:
             rows = await self.rows()
-        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            consumers = (await plain.depth(await self.living_url(), "chiffon.ingest"))[1]
+        except (*AWAY, aio_pika.exceptions.AMQPError, BusUnavailable):
             return False
-        return len(rows) == len(self.agents) and all(
-            row["status"] == "online" and row["age"] < 1.5 for row in rows.values()
+        return consumers == len(self.orchestrators) and all(
+            (row := rows.get(agent.identity.agent_id)) is not None
+            and row["status"] == "online"
+            and row["age"] < 1.5
+            for agent in self.agents
         )
+
+    async def living_url(self) -> str:
+        """Return the URL of a node that answers.
+
+        Raises:
+            BusUnavailable: None does.
+        """
+        for url in hosts(self.amqp_url):
+            with suppress(BusUnavailable):
+                await (await dial_any(url, "lab looks")).close()
+                return url
+        raise BusUnavailable("no node answers")
 
     def beats(self) -> int:
         return sum(agent.beats for agent in self.agents)
 
+    async def bury(self) -> None:
+        """Let two more agents die: one says farewell, one falls silent."""
+        for last_word in ("offline", "online"):
+            ghost = update(uuid4(), pool_name="ghosts", interval_seconds=0.5, sequence=1)
+            await self._publish(ghost)
+            await self._publish(ghost.model_copy(update={"sequence": 2, "status": last_word}))
+            self.dead.append(ghost)
+
+    async def haunt(self) -> None:
+        """Deliver, late, what those who are dead said before they died."""
+        for ghost in self.dead:
+            await self._publish(ghost)
+
+    async def ghosts_rest(self) -> bool:
+        """Whether all the dead are known to be."""
+        rows = await self.rows()
+        return all(
+            (row := rows.get(ghost.agent_id)) is not None and row["status"] == "offline"
+            for ghost in self.dead
+        )
+
+    async def _publish(self, sent: StatusUpdate) -> None:
+        async with plain.channel(await self.living_url()) as to:
+            await plain.publish(
+                to, "chiffon.heartbeats", routing_key(sent), encode(sent), "status_update.v1"
+            )
+
+
+AnyLab = TypeVar("AnyLab", bound=Lab)
+
+_TOLD = re.compile(rb"agent ([0-9a-f-]{36}) \([^)]*\) is offline:")
+
 
 @asynccontextmanager
-async def opened(folder: Path) -> AsyncIterator[Lab]:
-    """Start everything, and wait until every agent is in the registry."""
+async def inhabited(lab: AnyLab, agents_url: str) -> AsyncIterator[AnyLab]:
+    """Make the database's tables, start orchestrators and agents; wait until all are known."""
     async with AsyncExitStack() as stack:
-        base = await stack.enter_async_context(postgres.run(folder))
-        node = await stack.enter_async_context(rabbitmq.run(folder, stop_gently=False))
-        await migrations.upgrade(base.url)
-        session = await dial(node.amqp_url, "lab declares")
+        await migrations.upgrade(lab.database_url)
+        await audit.install(lab.database_url)
+        session = await dial_any(lab.amqp_url, "lab declares")
         await declare(session)
         await session.close()
-        lab = Lab(
-            node.amqp_url,
-            base.url,
-            Server(node.child.process.pid),
-            Server(base.child.process.pid),
-            node,
-            await stack.enter_async_context(_proxy_to(node.amqp_url).running()),
-            [],
-            [],
-            folder,
-        )
-        through = lab.proxy.url(node.amqp_url)
-        stack.callback(lab.broker.end)
-        stack.callback(lab.database.end)
+        stack.callback(lab.end)
         for _ in range(2):
             lab.start_orchestrator()
-        stack.callback(_end, lab)
         for _ in range(AGENTS):
-            agent = Agent(through, interval_seconds=INTERVAL_SECONDS, resources=Resources())
+            agent = Agent(agents_url, interval_seconds=INTERVAL_SECONDS, resources=Resources())
             lab.agents.append(await stack.enter_async_context(agent))
-        await until(lab.all_fresh, "every agent in the registry", 60)
+        await until(lab.is_whole, "every agent in the registry", 60)
         yield lab
 
 
-def _proxy_to(url: str) -> Proxy:
-    parts = urlsplit(url)
-    return Proxy(parts.hostname or "", parts.port or 0)
+@asynccontextmanager
+async def opened(folder: Path) -> AsyncIterator[Lab]:
+    """Start a system with one broker, whose agents speak through a proxy."""
+    async with AsyncExitStack() as stack:
+        base = await stack.enter_async_context(postgres.run(folder))
+        node = await stack.enter_async_context(rabbitmq.run(folder, stop_gently=False))
+        broker = Server(
+            node.child.process.pid,
+            [str(node.program)],
+            node.environment,
+            Path(node.environment["HOME"]),
+        )
+        database = Server.of(base.child.process.pid)
+        proxy = await stack.enter_async_context(Proxy.to(node.amqp_url).running())
+        lab = Lab(node.amqp_url, base.url, [broker], database, proxy, folder)
+        lab.node = node
+        stack.callback(broker.end)
+        stack.callback(database.end)
+        yield await stack.enter_async_context(inhabited(lab, proxy.url(node.amqp_url)))
 
 
-def _end(lab: Lab) -> None:
-    for one in lab.orchestrators:
-        if one.poll() is None:
-            one.send_signal(signal.SIGCONT)
-            one.kill()
-            one.wait()
-
-
-async def suffer(lab: Lab, fault: Callable[[], Any], *, seconds_before: float = 2.0) -> Report:
-    """Let traffic run, inject a fault, heal it, and check what is left.
-
-    Args:
-        lab: The system.
-        fault: Injects the fault, shows that it happened, and heals it, all before it returns.
-        seconds_before: Of traffic.
-    """
-    report = Report()
-    watching = asyncio.create_task(lab.watch())
-    try:
-
-        async def traffic_runs() -> bool:
-            before, began = lab.beats(), time.monotonic()
-            await asyncio.sleep(seconds_before)
-            return (lab.beats() - before) / (time.monotonic() - began) > LEAST_RATE
-
-        await until(traffic_runs, f"{LEAST_RATE:g} heartbeats a second before the fault")
-        await fault()
-        healed = time.monotonic()
-        await until(lab.all_fresh, "every agent fresh in the registry again", 60)
-        report.recovery_seconds = round(time.monotonic() - healed, 1)
-        # Long enough for a wrong judgement to be made, had the fault planted one.
-        await asyncio.sleep(4.0)
-        confirmed = {agent.identity.agent_id: agent.confirmed for agent in lab.agents}
-
-        async def is_in_the_registry() -> bool:
-            rows = await lab.rows()
-            return all(
-                (rows[agent_id]["incarnation"], rows[agent_id]["sequence"]) >= order
-                for agent_id, order in confirmed.items()
-                if order is not None
-            )
-
-        try:
-            await until(is_in_the_registry, "what was confirmed", 10)
-        except AssertionError:
-            rows = await lab.rows()
-            report.lost = sum(
-                (rows[agent_id]["incarnation"], rows[agent_id]["sequence"]) < order
-                for agent_id, order in confirmed.items()
-                if order is not None
-            )
-        await lab.look()
-    finally:
-        watching.cancel()
-        await asyncio.wait({watching})
-    report.beats = lab.beats()
-    report.backward = lab.backward
-    report.false_offlines = len(set(lab.offline))
-    report.notes = sorted({str(reason) for _, reason in lab.offline})
-    return report
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill one orchestrator without a chance to tidy up."""
+    process.kill()
+    assert process.wait() == -signal.SIGKILL

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -17,8 +16,7 @@ TIMEOUT = 1.0
 
 @pytest.fixture
 async def proxy(amqp_url: str) -> AsyncIterator[Proxy]:
-    parts = urlsplit(amqp_url)
-    async with Proxy(parts.hostname or "", parts.port or 0).running() as made:
+    async with Proxy.to(amqp_url).running() as made:
         yield made
 
 
@@ -67,3 +65,11 @@ async def test_who_waited_for_the_connection_does_not_take_the_new_one_down(
         assert proxy.swallowed_bytes > 0
         assert link.current is session
         proxy.swallows = False
+
+
+async def test_a_link_ends_whatever_it_does_at_that_moment(amqp_url: str, broker: str) -> None:
+    """The client library shrugs off a cancellation in the middle of dialling."""
+    for step in range(100):
+        async with asyncio.timeout(30):
+            async with Link(amqp_url, name="test"):
+                await asyncio.sleep(step * 0.0002)

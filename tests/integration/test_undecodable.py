@@ -1,7 +1,6 @@
 """Messages whose AMQP properties no library can decode, sent over a bare socket."""
 
 import json
-import struct
 from uuid import uuid4
 
 import pytest
@@ -11,58 +10,11 @@ from chiffon.messages import CapacityQuery
 from chiffon.planner import PlannerClient
 from chiffon.registry import Registry
 from tests.fixtures import plain, raw
+from tests.fixtures.bombs import BOMBS, KIND, nested, short
 from tests.fixtures.heartbeats import update
 from tests.fixtures.plain import Queues
 from tests.fixtures.system import consumers, orchestrating
 from tests.fixtures.waiting import until
-
-
-def short(text: bytes) -> bytes:
-    return bytes([len(text)]) + text
-
-
-def long(text: bytes) -> bytes:
-    return struct.pack(">I", len(text)) + text
-
-
-def table(*fields: tuple[bytes, bytes]) -> bytes:
-    return long(b"".join(short(key) + value for key, value in fields))
-
-
-def nested(depth: int) -> bytes:
-    """Return a table in a table in a table."""
-    inner = table()
-    for _ in range(depth):
-        inner = table((b"a", b"F" + inner))
-    return inner
-
-
-def nested_arrays(depth: int) -> bytes:
-    inner = long(b"")
-    for _ in range(depth):
-        inner = long(b"A" + inner)
-    return table((b"a", b"A" + inner))
-
-
-KIND = {"message_type": short(b"status_update.v1")}
-BOMBS: dict[str, tuple[dict[str, bytes], str]] = {
-    "correlation_id": ({"correlation_id": short(b"\xff")}, "not UTF-8"),
-    "reply_to": ({"reply_to": short(b"\xff\xfe")}, "not UTF-8"),
-    "content_type": ({"content_type": short(b"\xff" * 255)}, "not UTF-8"),
-    "header key": ({"headers": table((b"\xff", b"t\1"))}, "no table we can read"),
-    "timestamp, signed": ({"timestamp": struct.pack(">Q", 2**63 - 1)}, "no calendar"),
-    "timestamp, unsigned": ({"timestamp": struct.pack(">Q", 2**64 - 1)}, "no calendar"),
-    "header timestamp": (
-        {"headers": table((b"at", b"T" + struct.pack(">Q", 2**63)))},
-        "no table we can read",
-    ),
-    "tables 1,000 deep": ({"headers": nested(1_000)}, "no table we can read"),
-    "arrays 1,000 deep": ({"headers": nested_arrays(1_000)}, "no table we can read"),
-    "several": (
-        {"correlation_id": short(b"\xff"), "timestamp": struct.pack(">Q", 2**63 - 1)},
-        "not UTF-8, a time that no calendar has",
-    ),
-}
 
 
 async def test_no_property_stops_ingest_and_each_is_set_aside_with_its_reason(
