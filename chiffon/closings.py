@@ -4,7 +4,8 @@ RabbitMQ's plugin ``rabbitmq_event_exchange`` publishes ``connection.created`` a
 ``connection.closed`` on the exchange ``amq.rabbitmq.event`` of its default virtual host; agents
 name their connection by their id. A closed connection alone is no death: the agent may have
 another, or dial again. So a closing counts only after a while in which no connection of that name
-was opened and nothing was heard, and the sweep, which knows the rest, has the last word. Where
+was opened and nothing was heard, and the sweep, which knows the rest and sees when many closed at
+once, has the last word. Where
 there is no such exchange, or we may not read it, silence is noticed by the lease alone.
 """
 
@@ -37,6 +38,7 @@ ANSWER_SECONDS = 5.0
 class _Closed:
     at: float
     is_known: bool
+    is_open: bool = False
 
 
 class Closings:
@@ -57,13 +59,14 @@ class Closings:
         """Set when a closing has settled, so that the sweep need not wait for its turn."""
 
     def current(self) -> list[Closing]:
-        """Return the closings of the last minute after which no connection was opened."""
+        """Return the closings of the last minute, each agent's last."""
         now = time.monotonic()
         old = [agent for agent, one in self._closed.items() if now - one.at > FORGET_SECONDS]
         for agent_id in old:
             del self._closed[agent_id]
         return [
-            Closing(agent_id, now - one.at, one.is_known) for agent_id, one in self._closed.items()
+            Closing(agent_id, now - one.at, one.is_known, one.is_open)
+            for agent_id, one in self._closed.items()
         ]
 
     async def run(self) -> None:
@@ -119,7 +122,8 @@ class Closings:
         pid = str(headers.get("pid"))
         if message.routing_key == "connection.created":
             self._open[agent_id].add(pid)
-            self._closed.pop(agent_id, None)
+            if agent_id in self._closed:
+                self._closed[agent_id].is_open = True
             return
         is_known = pid in self._open[agent_id]
         self._open[agent_id].discard(pid)

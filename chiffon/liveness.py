@@ -22,6 +22,11 @@ OUTAGE_OVER_SHARE = 0.25
 OUTAGE_HOLD_SECONDS = 600.0
 """For so long nobody of such a pool is marked; after that one agent a second."""
 
+BURST_SHARE = 0.25
+BURST_SECONDS = 5.0
+"""When more than this share of a pool or of the fleet, and more than ``OUTAGE_FEWEST``, lose their
+connections within so many seconds of each other, it was the line that broke."""
+
 FIRST_REDIAL_SECONDS = 0.5
 
 

@@ -181,7 +181,8 @@ class Registry:
 
         Args:
             closings: Agents whose connection closed. Those that have said nothing since are as
-                silent as if their lease had passed, and are marked 1.5 s after it.
+                silent as if their lease had passed, and are marked 1.5 s after it, unless many
+                connections closed with theirs.
             share: Of a pool's agents, 0 to 1.
             hold_seconds: How long a pool's transitions are held.
 
@@ -198,6 +199,9 @@ class Registry:
             [one.agent_id for one in closings],
             [one.seconds_ago for one in closings],
             [one.is_known for one in closings],
+            [one.is_open for one in closings],
+            liveness.BURST_SHARE,
+            liveness.BURST_SECONDS,
         )
         return Swept(
             [

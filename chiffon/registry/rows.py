@@ -48,15 +48,17 @@ class Transition:
 
 @dataclass(frozen=True, slots=True)
 class Closing:
-    """An agent's connection that closed, and after which none was opened.
+    """An agent's only connection, which closed.
 
     ``is_known``: we saw that connection being opened, and so know that it was the only one. Of
-    others an agent is given time for another heartbeat.
+    others an agent is given time for another heartbeat. ``is_open``: it has opened another since,
+    so this tells only of the line.
     """
 
     agent_id: UUID
     seconds_ago: float
     is_known: bool
+    is_open: bool = False
 
 
 @dataclass(frozen=True, slots=True)

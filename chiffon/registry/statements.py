@@ -120,15 +120,32 @@ RETURNING pool_name
 # One statement on one snapshot: who is silent, whether that is the outage of a pool, and whom to
 # mark. An agent whose connection closed ($4, $5 seconds ago) and which has said nothing since then
 # is as silent as one that let its lease pass. If its connections are known ($6) it has 1.5 s to
-# open another, else time for one more heartbeat.
+# open another, else time for one more heartbeat. When many closed at about that time, those that
+# opened another since ($7) included, it was the line that broke: then the lease alone tells.
 MARK_SILENT = """
 WITH path AS (
   SELECT fresh_since FROM ingest_path
    WHERE fresh_at > statement_timestamp() - interval '5 seconds'
+), sizes AS (
+  SELECT pool_name, count(*) AS members, sum(count(*)) OVER () AS everybody
+    FROM agent_registry WHERE status IN ('online', 'busy') GROUP BY pool_name
+), nearby AS (
+  SELECT c.agent_id, c.seconds, c.is_known, c.is_open, s.members, s.everybody,
+         count(*) OVER around AS closings,
+         count(*) OVER (PARTITION BY r.pool_name ORDER BY c.seconds
+                        RANGE BETWEEN $9::float8 PRECEDING AND $9::float8 FOLLOWING)
+           AS closings_in_pool
+    FROM unnest($4::uuid[], $5::float8[], $6::bool[], $7::bool[])
+           AS c (agent_id, seconds, is_known, is_open)
+    JOIN agent_registry r USING (agent_id) JOIN sizes s USING (pool_name)
+  WINDOW around AS (
+    ORDER BY c.seconds RANGE BETWEEN $9::float8 PRECEDING AND $9::float8 FOLLOWING)
 ), closed AS (
   SELECT agent_id, seconds, is_known,
-         statement_timestamp() - seconds * interval '1 second' AS closed_at
-    FROM unnest($4::uuid[], $5::float8[], $6::bool[]) AS c (agent_id, seconds, is_known)
+         statement_timestamp() - seconds * interval '1 second' AS closed_at,
+         closings > $2::int AND closings > $8::float8 * everybody
+           OR closings_in_pool > $2::int AND closings_in_pool > $8::float8 * members AS is_burst
+    FROM nearby WHERE NOT is_open
 ), alive AS MATERIALIZED (
   SELECT r.agent_id, r.pool_name, r.lease_seconds, s.frozen_at, s.thawed_at,
          extract(epoch FROM statement_timestamp() - greatest(path.fresh_since, s.thawed_at, CASE
@@ -137,7 +154,8 @@ WITH path AS (
          coalesce(c.closed_at > path.fresh_since AND r.last_heartbeat_at < c.closed_at, false)
            AS is_closed,
          c.seconds >= CASE WHEN c.is_known THEN 1.5 ELSE r.interval_seconds * 1.25 END
-           AS is_settled
+           AS is_settled,
+         coalesce(c.is_burst, false) AS is_burst
     FROM agent_registry r CROSS JOIN path
     LEFT JOIN pool_state s USING (pool_name) LEFT JOIN closed c USING (agent_id)
    WHERE r.status IN ('online', 'busy')
@@ -171,7 +189,7 @@ WITH path AS (
   SELECT a.agent_id, a.is_closed,
          p.is_frozen, row_number() OVER (PARTITION BY a.pool_name ORDER BY a.agent_id) AS place
     FROM alive a JOIN pools p USING (pool_name) LEFT JOIN fallen f USING (pool_name)
-   WHERE (a.silence > a.lease_seconds * 4 / 3 OR a.is_closed AND a.is_settled)
+   WHERE (a.silence > a.lease_seconds * 4 / 3 OR a.is_closed AND a.is_settled AND NOT a.is_burst)
      AND a.pool_name NOT IN (SELECT pool_name FROM outage)
      -- A frozen pool is held for a while, then marked one by one: desktops do go home at night.
      AND (NOT p.is_frozen OR (

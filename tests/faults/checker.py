@@ -70,8 +70,8 @@ async def suffer(lab: Lab, fault: Fault, *, cuts_lines: bool = False) -> Report:
     asking = asyncio.create_task(planner.run())
     try:
         await fault()
-        await lab.haunt()
         healed, answered = time.monotonic(), planner.answered
+        await lab.haunt()
 
         async def is_well() -> bool:
             return planner.answered > answered and await lab.is_whole()

@@ -248,10 +248,18 @@ class Lab:
         )
 
     async def _publish(self, sent: StatusUpdate) -> None:
-        async with plain.channel(await self.living_url()) as to:
-            await plain.publish(
-                to, "chiffon.heartbeats", routing_key(sent), encode(sent), "status_update.v1"
-            )
+        async def is_published() -> bool:
+            try:
+                async with plain.channel(await self.living_url()) as to:
+                    key = routing_key(sent)
+                    await plain.publish(
+                        to, "chiffon.heartbeats", key, encode(sent), "status_update.v1"
+                    )
+            except (BusUnavailable, aio_pika.exceptions.AMQPError, OSError):
+                return False
+            return True
+
+        await until(is_published, "a broker that takes heartbeats")
 
 
 AnyLab = TypeVar("AnyLab", bound=Lab)

@@ -252,6 +252,36 @@ async def test_many_connections_that_close_at_once_are_an_outage(
     assert (swept.frozen, swept.transitions) == (["desks"], [])
 
 
+@pytest.mark.parametrize("others_came_back", [True, False])
+async def test_connections_that_close_with_many_others_tell_of_the_line_alone(
+    registry: Registry, database: Connection, others_came_back: bool
+) -> None:
+    """3 of 10 within 5 s are more than a quarter: who is slow to dial again has its lease."""
+    desks = await fleet(registry, "desks", 10)
+    await silence(database, desks, 3.0)
+
+    def others(seconds_ago: float) -> list[Closing]:
+        return [Closing(one, seconds_ago, True, others_came_back) for one in desks[1:3]]
+
+    swept = await registry.mark_silent([closing(desks[0], seconds_ago=2.0), *others(1.0)])
+    assert (swept.frozen, swept.transitions) == ([], [])
+
+    alone = await registry.mark_silent([closing(desks[0], seconds_ago=2.0), *others(8.0)[:1]])
+    assert [one.agent_id for one in alone.transitions][:1] == [desks[0]]
+
+
+async def test_a_line_that_breaks_for_many_small_pools_is_seen_over_the_whole_fleet(
+    registry: Registry, database: Connection
+) -> None:
+    pools = [await fleet(registry, f"pool-{number}", 2) for number in range(4)]
+    for pool in pools:
+        await silence(database, pool, 3.0)
+
+    swept = await registry.mark_silent([closing(pool[0], seconds_ago=2.0) for pool in pools])
+
+    assert swept.transitions == []
+
+
 async def test_a_closed_connection_tells_nothing_while_the_canary_is_not_fresh(
     registry: Registry, database: Connection
 ) -> None:
