@@ -13,6 +13,7 @@
         * BusRefused         it answered, and would not let us in
         * TopologyMissing    an exchange or queue is not there yet
         * TopologyMismatch   it is there, with other arguments
+        * QueueDown          a queue is on a node of the broker that is down
         * Unroutable         the broker confirmed that no queue takes this message
         * ConsumerStuck      the broker gives our consumer nothing, whatever we do
     * CapacityError          a capacity question was not answered
@@ -93,6 +94,14 @@ class TopologyMissing(BusUnavailable):
 
 class TopologyMismatch(BusUnavailable):
     """An exchange or queue is there with other arguments than ours."""
+
+
+class QueueDown(BusUnavailable):
+    """A queue is on a node of the broker that is down, and cannot be used until it is back."""
+
+    def __init__(self, queue: str) -> None:
+        super().__init__(f"queue {queue} is on a node of the broker that is down")
+        self.queue = queue
 
 
 class Unroutable(BusUnavailable):

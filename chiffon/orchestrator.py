@@ -108,6 +108,7 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
             "events": events.run(),
             "closings": closings.run(),
             "watchdog": Watchdog(ingest, outgoing).run(),
+            "responder": responder.run(lambda: dial_any(amqp_url, f"{name} looks")),
         }
         await _run_parts(ingest, responder, others, stopped)
     log.info("orchestrator %s stopped", orchestrator_id)

@@ -1,7 +1,7 @@
 """Putting the topology on a broker, and checking that what is there is what we need."""
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,13 +10,14 @@ from pamqp.common import FieldTable
 from chiffon.bus import Properties, publish
 from chiffon.errors import (
     BusRefused,
+    QueueDown,
     TopologyMismatch,
     TopologyMissing,
     Unroutable,
 )
 from chiffon.messages import CANARY
 from chiffon.session import Channel, Session, translated
-from chiffon.topology import BINDINGS, EXCHANGES, QUEUES, Binding, Exchange, Queue
+from chiffon.topology import BINDINGS, EXCHANGES, INGEST, QUEUES, Binding, Exchange, Queue
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +46,16 @@ class Finding:
 Dial = Callable[[], Awaitable[Session]]
 
 
-async def declare(session: Session) -> None:
+async def declare(session: Session, without: Collection[str] = ()) -> None:
     """Declare every exchange, queue and binding; a no-op where they are there already.
 
-    Where this user may not declare (no configure permission), it checks that they are there.
+    Args:
+        session: The connection; it is lost when the broker says no.
+        without: Queues to leave out, with what is bound to them.
 
     Raises:
-        TopologyMissing: Not there, and we may not declare it.
+        BusRefused: This user may not declare.
+        QueueDown: A queue is on a node that is down.
         TopologyMismatch: There, with other arguments; the message names object and argument.
         BusUnavailable: The connection broke.
     """
@@ -60,9 +64,11 @@ async def declare(session: Session) -> None:
         for exchange in EXCHANGES:
             await _declare_exchange(channel, exchange)
         for queue in QUEUES:
-            await declare_queue(channel, queue)
+            if queue.name not in without:
+                await declare_queue(channel, queue)
         for binding in BINDINGS:
-            await bind(channel, binding)
+            if binding.queue not in without:
+                await bind(channel, binding)
     except TopologyMismatch as error:
         raise TopologyMismatch(
             f"{error}. What is there has other arguments: delete it on the broker (it is declared "
@@ -92,16 +98,21 @@ async def declare_queue(channel: Channel, queue: Queue) -> None:
 
     Raises:
         TopologyMismatch: It is there with other arguments.
+        QueueDown: It is there, on a node that is down.
         BusRefused: No right to.
     """
-    with translated(f"declaring queue {queue.name}"):
-        await channel.queue_declare(
-            queue.name,
-            durable=True,
-            auto_delete=queue.auto_delete,
-            arguments=queue.arguments,
-            timeout=ANSWER_SECONDS,
-        )
+    try:
+        with translated(f"declaring queue {queue.name}"):
+            await channel.queue_declare(
+                queue.name,
+                durable=True,
+                auto_delete=queue.auto_delete,
+                arguments=queue.arguments,
+                timeout=ANSWER_SECONDS,
+            )
+    except TopologyMissing:
+        # To a declaration that is not passive this is the only meaning of "not found".
+        raise QueueDown(queue.name) from None
 
 
 async def bind(channel: Channel, binding: Binding) -> None:
@@ -133,22 +144,33 @@ async def _declare_exchange(channel: Channel, exchange: Exchange) -> None:
 async def ensure(dial: Dial) -> None:
     """Declare the topology, or where that is not allowed, make sure that it is there.
 
+    A queue on a node that is down is done without, but for that of the heartbeats.
+
     Args:
         dial: Opens a connection; each refusal of the broker costs one.
 
     Raises:
         TopologyMissing: Not there, and we may not declare it; the message lists what.
         TopologyMismatch: There, with other arguments.
+        QueueDown: The queue of the heartbeats is on nodes that are down.
         BusUnavailable: The broker cannot be reached.
     """
-    session = await dial()
-    try:
-        await declare(session)
-        return
-    except BusRefused as error:
-        log.info("may not declare the topology (%s); checking that it is there", error)
-    finally:
-        await session.close()
+    down: set[str] = set()
+    while True:
+        session = await dial()
+        try:
+            await declare(session, without=down)
+            return
+        except QueueDown as error:
+            if error.queue == INGEST:
+                raise
+            log.warning("%s: going on without it", error)
+            down.add(error.queue)
+        except BusRefused as error:
+            log.info("may not declare the topology (%s); checking that it is there", error)
+            break
+        finally:
+            await session.close()
     absent = [finding.name for finding in await check(dial) if finding.verdict == "missing"]
     if absent:
         raise TopologyMissing(

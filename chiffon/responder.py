@@ -10,7 +10,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from aiormq.abc import DeliveredMessage
 from pydantic import BaseModel
@@ -25,6 +25,7 @@ from chiffon.errors import (
     BadMessage,
     BusUnavailable,
     CapacityRefused,
+    QueueDown,
     RegistryUnavailable,
 )
 from chiffon.link import Link
@@ -43,10 +44,13 @@ from chiffon.provisioning import bind, declare_queue
 from chiffon.session import Channel, Session, translated
 from chiffon.topology import (
     CAPACITY,
-    CAPACITY_BINDING,
+    CAPACITY_KEY,
     CAPACITY_QUEUE,
+    CAPACITY_STANDBY_QUEUE,
     DEADLINE_HEADER,
     REPLY_FORMS,
+    RPC,
+    Binding,
     reply_route,
 )
 
@@ -54,6 +58,9 @@ log = logging.getLogger(__name__)
 
 AT_ONCE = 64
 """Questions in work at a time; the others wait in the queue, where other responders see them."""
+
+LOOK_AGAIN_SECONDS = 5.0
+"""Between two looks whether the node of the usual queue is back."""
 
 SEND_SECONDS = 1.0
 """For one answer to be written: a connection that an alarm blocks must not hold us up."""
@@ -84,24 +91,57 @@ class Responder:
         self._answers = answers
         self._replies = Publisher(answers, confirms=False)
         self._dead_letters = dead_letters
+        self._queue = CAPACITY_QUEUE
+        self._session: Session | None = None
         self._channel: Channel | None = None
         self._consumer_tag: str | None = None
         self._working: set[asyncio.Task[None]] = set()
 
     async def attach(self, session: Session) -> None:
-        """Declare the queue and start to answer on a new connection."""
+        """Declare the queue and start to answer on a new connection.
+
+        Raises:
+            QueueDown: The queue is on a node that is down. The next time it is the standby queue.
+        """
         self._channel = None
+        queue = self._queue
         channel = await session.channel(confirms=False, prefetch=AT_ONCE)
         channel.on_consumer_cancel_callbacks.add(
-            lambda _: session.drop(f"the broker cancelled the consumer of {CAPACITY}")
+            lambda _: session.drop(f"the broker cancelled the consumer of {queue.name}")
         )
-        await declare_queue(channel, CAPACITY_QUEUE)
-        await bind(channel, CAPACITY_BINDING)
-        with translated(f"consuming {CAPACITY}"):
-            answer = await channel.basic_consume(CAPACITY, self._on_delivery)
+        try:
+            await declare_queue(channel, queue)
+        except QueueDown:
+            self._queue = CAPACITY_STANDBY_QUEUE
+            raise
+        await bind(channel, Binding(RPC, queue.name, CAPACITY_KEY))
+        with translated(f"consuming {queue.name}"):
+            answer = await channel.basic_consume(queue.name, self._on_delivery)
         self._consumer_tag = answer.consumer_tag
-        self._channel = channel
-        log.info("answering %s", CAPACITY)
+        self._session, self._channel = session, channel
+        log.info("answering %s", queue.name)
+
+    async def run(self, dial: Callable[[], Awaitable[Session]]) -> None:
+        """Return from the standby queue when the node of the usual one is back, until cancelled.
+
+        Args:
+            dial: Opens a connection to look with.
+        """
+        while True:
+            await asyncio.sleep(LOOK_AGAIN_SECONDS)
+            if self._queue is CAPACITY_QUEUE or self._session is None:
+                continue
+            try:
+                looking = await dial()
+                try:
+                    await declare_queue(await looking.channel(confirms=False), CAPACITY_QUEUE)
+                finally:
+                    await looking.close()
+            except BusUnavailable as error:
+                log.debug("still on %s: %s", self._queue.name, error)
+                continue
+            self._queue = CAPACITY_QUEUE
+            self._session.drop(f"the node of {CAPACITY} is back")
 
     async def stop(self) -> None:
         """Take no more questions, and finish those that are in work."""

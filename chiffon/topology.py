@@ -6,7 +6,7 @@ declaration with others is refused (406). What an operator may want to tune belo
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID
 
@@ -128,7 +128,9 @@ CAPACITY_QUEUE = Queue(
     },
     auto_delete=True,
 )
-CAPACITY_BINDING = Binding(RPC, CAPACITY, CAPACITY_KEY)
+CAPACITY_STANDBY_QUEUE = replace(CAPACITY_QUEUE, name=f"{CAPACITY}.standby")
+"""Used while ``CAPACITY_QUEUE`` is on a node of a cluster that is down: the broker lets nobody
+declare it anew. For as long as both are there a question is answered twice, which harms nobody."""
 
 _REPLY_KEY = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 REPLY_FORMS = ("exclusive-queue", "direct-reply-to", "replies-exchange")

@@ -12,6 +12,7 @@ from chiffon.embedded.children import Child, free_port
 from tests.faults.lab import Lab, inhabited
 from tests.faults.server import Server
 from tests.fixtures.proxy import Proxy
+from tests.fixtures.waiting import until
 
 NODES = 3
 
@@ -79,24 +80,34 @@ class ClusterLab(Lab):
 
     nodes: list[Node]
 
-    async def leader(self) -> Server:
-        """Return the node that leads the queue of the heartbeats."""
+    async def holder(self, queue: str) -> Server:
+        """Return the node that holds a queue, or leads it."""
+
+        async def found() -> Server | None:
+            return await self._holder(queue)
+
+        server = await until(found, f"the node of {queue}")
+        assert server is not None
+        return server
+
+    async def has_queue(self, queue: str) -> bool:
+        """Whether there is such a queue."""
+        return await self._holder(queue) is not None
+
+    async def _holder(self, queue: str) -> Server | None:
         for node, broker in zip(self.nodes, self.brokers, strict=True):
-            if broker.is_running and not broker.is_frozen:
-                listed = await asyncio.to_thread(
-                    node.ctl, "list_queues", "-p", rabbitmq.VHOST, "name", "leader"
-                )
-                [name] = [
-                    line.split()[1]
-                    for line in listed.splitlines()
-                    if line.startswith("chiffon.ingest")
-                ]
-                return next(
-                    server
-                    for one, server in zip(self.nodes, self.brokers, strict=True)
-                    if one.name == name
-                )
-        raise AssertionError("no node runs")
+            if not broker.is_running or broker.is_frozen:
+                continue
+            arguments = ("list_queues", "-p", rabbitmq.VHOST, "name", "pid", "leader")
+            try:
+                listed = await asyncio.to_thread(node.ctl, *arguments)
+            except subprocess.CalledProcessError:
+                continue  # it has only just been started
+            for line in listed.splitlines():
+                for one, server in zip(self.nodes, self.brokers, strict=True):
+                    if line.split()[0] == queue and one.name in line:
+                        return server
+        return None
 
 
 @asynccontextmanager

@@ -4,8 +4,11 @@ import asyncio
 
 import pytest
 
+from chiffon.errors import BusUnavailable, CapacityError
+from chiffon.planner import PlannerClient
 from tests.faults.cluster import ClusterLab
 from tests.faults.conftest import Survives
+from tests.fixtures.waiting import until
 
 pytestmark = [
     pytest.mark.faults,
@@ -16,7 +19,7 @@ pytestmark = [
 
 async def test_the_leading_node_is_killed(cluster_lab: ClusterLab, survives: Survives) -> None:
     async def fault() -> None:
-        leader = await cluster_lab.leader()
+        leader = await cluster_lab.holder("chiffon.ingest")
         leader.kill()
         before = cluster_lab.beats()
         await asyncio.sleep(8)
@@ -26,9 +29,37 @@ async def test_the_leading_node_is_killed(cluster_lab: ClusterLab, survives: Sur
     await survives(cluster_lab, "cluster: leader killed (-9), away for 8 s", fault)
 
 
+async def test_the_node_with_the_questions_is_killed(
+    cluster_lab: ClusterLab, survives: Survives
+) -> None:
+    async def fault() -> None:
+        holder = await cluster_lab.holder("chiffon.capacity")
+        holder.kill()
+
+        async def is_answered() -> bool:
+            async with PlannerClient.open(cluster_lab.amqp_url) as planner:
+                try:
+                    await planner.find(timeout=2.0)
+                except (BusUnavailable, CapacityError):
+                    return False
+                return True
+
+        try:
+            await until(is_answered, "an answer from the nodes that are left", 20)
+        finally:
+            holder.start()
+
+    await survives(cluster_lab, "cluster: node of the questions killed (-9)", fault)
+
+    async def only_the_usual_queue_is_left() -> bool:
+        return not await cluster_lab.has_queue("chiffon.capacity.standby")
+
+    await until(only_the_usual_queue_is_left, "every responder back on the usual queue")
+
+
 async def test_the_leading_node_is_frozen(cluster_lab: ClusterLab, survives: Survives) -> None:
     async def fault() -> None:
-        leader = await cluster_lab.leader()
+        leader = await cluster_lab.holder("chiffon.ingest")
         leader.freeze()
         await asyncio.sleep(20)
         assert leader.is_frozen

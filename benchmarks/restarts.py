@@ -1,0 +1,128 @@
+"""False offlines through restarts of each component, and how soon a death is noticed.
+
+    python -m benchmarks.restarts --agents 1000 --restarts 20
+
+A thousand agents with a connection each, two orchestrators, a private RabbitMQ and PostgreSQL.
+Each component is killed (-9) and started again, again and again; what the database saw is
+compared with what agents did. Then agents die one by one, by silence and by a cut connection.
+"""
+
+import argparse
+import asyncio
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from uuid import UUID
+
+from chiffon import liveness
+from chiffon.agent import BaseAgent
+from chiffon.messages import AgentEvent
+from chiffon.planner import PlannerClient
+from chiffon.watcher import Event
+from tests.faults.checker import Report, suffer
+from tests.faults.lab import Lab, Resources, kill, opened
+
+DEATHS = 60
+SHORT_INTERVAL_SECONDS = 0.5
+
+
+async def main(agents: int, restarts: int) -> None:
+    with tempfile.TemporaryDirectory(prefix="chiffon-restarts-") as name:
+        os.chmod(name, 0o755)
+        async with opened(Path(name), count=agents, interval_seconds=5.0) as lab:
+            await _restart_all(lab, restarts)
+            await _die_one_by_one(lab)
+
+
+async def _restart_all(lab: Lab, restarts: int) -> None:
+    async def orchestrator() -> None:
+        kill(lab.orchestrators.pop(0))
+        lab.start_orchestrator()
+
+    async def broker() -> None:
+        lab.broker.kill()
+        lab.broker.start()
+
+    async def database() -> None:
+        lab.database.kill()
+        lab.database.start()
+
+    faults: dict[str, Callable[[], Awaitable[None]]] = {
+        "orchestrator": orchestrator,
+        "broker": broker,
+        "database": database,
+    }
+    print(f"{restarts} restarts of each component (kill -9), {len(lab.agents)} agents")
+    print(f"{'COMPONENT':<14}{'FALSE OFFLINES':>15}{'LOST':>6}{'RECOVERY, MEDIAN':>18}{'MOST':>8}")
+    for name, fault in faults.items():
+        reports = [await suffer(lab, fault) for _ in range(restarts)]
+        _print(name, reports)
+
+
+def _print(name: str, reports: list[Report]) -> None:
+    seconds = [one.recovery_seconds for one in reports]
+    print(
+        f"{name:<14}{sum(one.false_offlines for one in reports):>15}"
+        f"{sum(one.lost for one in reports):>6}{statistics.median(seconds):>16.1f} s"
+        f"{max(seconds):>6.1f} s",
+        flush=True,
+    )
+
+
+async def _die_one_by_one(lab: Lab) -> None:
+    async with PlannerClient.open(lab.amqp_url) as planner, planner.watch() as events:
+        for interval, what in ((SHORT_INTERVAL_SECONDS, "silence"), (60.0, "a cut connection")):
+            deaths: dict[UUID, float] = {}
+            watching = asyncio.create_task(_noticed(events, deaths))
+            for _ in range(DEATHS):
+                agent_id = await _die(lab, interval, closes=what != "silence")
+                deaths[agent_id] = time.monotonic()
+                await asyncio.sleep(0.5)
+            noticed = sorted(await watching)
+            p50, p99 = noticed[len(noticed) // 2], noticed[int(len(noticed) * 0.99)]
+            lease = liveness.lease(interval)
+            print(f"death by {what} noticed after {p50:.2f} s (p50), {p99:.2f} s (p99); ", end="")
+            print(f"lease {lease:g} s, {len(noticed)} deaths", flush=True)
+
+
+async def _noticed(events: AsyncIterator[Event], deaths: dict[UUID, float]) -> list[float]:
+    """Return how many seconds after each death its event came."""
+    seconds: list[float] = []
+    async for event in events:
+        if isinstance(event, AgentEvent) and event.status == "offline" and event.agent_id in deaths:
+            seconds.append(time.monotonic() - deaths[event.agent_id])
+            if len(seconds) == DEATHS:
+                break
+    return seconds
+
+
+async def _die(lab: Lab, interval_seconds: float, *, closes: bool) -> UUID:
+    """Be an agent for one heartbeat, and end without a farewell."""
+    agent = BaseAgent(
+        lab.amqp_url,
+        pool_name="mortal",
+        interval_seconds=interval_seconds,
+        resources=Resources(),
+    )
+    await agent.__aenter__()
+    await agent.send_heartbeat()
+    agent._task.cancel()
+    await asyncio.wait({agent._task})
+    session = await agent._link.session()
+    agent._link._task.cancel()
+    if closes:
+        transport = session._connection.transport
+        assert transport is not None
+        transport.connection._writer_task.cancel()
+    return agent.identity.agent_id
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--agents", type=int, default=1_000)
+    parser.add_argument("--restarts", type=int, default=20)
+    arguments = parser.parse_args()
+    asyncio.run(main(arguments.agents, arguments.restarts))
