@@ -9,11 +9,13 @@ compared with what agents did. Then agents die one by one, by silence and by a c
 
 import argparse
 import asyncio
+import logging
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from uuid import UUID
 
@@ -24,17 +26,17 @@ from chiffon.planner import PlannerClient
 from chiffon.watcher import Event
 from tests.faults.checker import Report, suffer
 from tests.faults.lab import Lab, Resources, kill, opened
+from tests.fixtures.proxy import Proxy
 
 DEATHS = 60
 SHORT_INTERVAL_SECONDS = 0.5
 
 
-async def main(agents: int, restarts: int) -> None:
-    with tempfile.TemporaryDirectory(prefix="chiffon-restarts-") as name:
-        os.chmod(name, 0o755)
-        async with opened(Path(name), count=agents, interval_seconds=5.0) as lab:
-            await _restart_all(lab, restarts)
-            await _die_one_by_one(lab)
+async def measure(folder: Path, agents: int, restarts: int) -> None:
+    """Start the system, restart its parts, let agents die, and print what came of it."""
+    async with opened(folder, count=agents, interval_seconds=5.0) as lab:
+        await _restart_all(lab, restarts)
+        await _die_one_by_one(lab)
 
 
 async def _restart_all(lab: Lab, restarts: int) -> None:
@@ -77,11 +79,12 @@ async def _die_one_by_one(lab: Lab) -> None:
         for interval, what in ((SHORT_INTERVAL_SECONDS, "silence"), (60.0, "a cut connection")):
             deaths: dict[UUID, float] = {}
             watching = asyncio.create_task(_noticed(events, deaths))
-            for _ in range(DEATHS):
-                agent_id = await _die(lab, interval, closes=what != "silence")
-                deaths[agent_id] = time.monotonic()
-                await asyncio.sleep(0.5)
-            noticed = sorted(await watching)
+            async with AsyncExitStack() as stack:
+                for _ in range(DEATHS):
+                    agent_id = await _die(lab, stack, interval, closes=what != "silence")
+                    deaths[agent_id] = time.monotonic()
+                    await asyncio.sleep(0.5)
+                noticed = sorted(await watching)
             p50, p99 = noticed[len(noticed) // 2], noticed[int(len(noticed) * 0.99)]
             lease = liveness.lease(interval)
             print(f"death by {what} noticed after {p50:.2f} s (p50), {p99:.2f} s (p99); ", end="")
@@ -99,30 +102,35 @@ async def _noticed(events: AsyncIterator[Event], deaths: dict[UUID, float]) -> l
     return seconds
 
 
-async def _die(lab: Lab, interval_seconds: float, *, closes: bool) -> UUID:
+async def _die(lab: Lab, stack: AsyncExitStack, interval_seconds: float, *, closes: bool) -> UUID:
     """Be an agent for one heartbeat, and end without a farewell."""
+    proxy = Proxy.to(lab.amqp_url)
+    line = proxy.running()
+    await line.__aenter__()
     agent = BaseAgent(
-        lab.amqp_url,
-        pool_name="mortal",
+        proxy.url(lab.amqp_url),
         interval_seconds=interval_seconds,
         resources=Resources(),
     )
     await agent.__aenter__()
     await agent.send_heartbeat()
-    agent._task.cancel()
-    await asyncio.wait({agent._task})
-    session = await agent._link.session()
-    agent._link._task.cancel()
     if closes:
-        transport = session._connection.transport
-        assert transport is not None
-        transport.connection._writer_task.cancel()
+        agent._link._task.cancel()  # or it would dial again, through a port that is closed
+        await line.__aexit__(None, None, None)
+    else:
+        proxy.swallows = True
+        stack.push_async_exit(line)
+    agent._task.cancel()
+    stack.callback(agent._link._task.cancel)
     return agent.identity.agent_id
 
 
 if __name__ == "__main__":
+    logging.disable()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--agents", type=int, default=1_000)
     parser.add_argument("--restarts", type=int, default=20)
     arguments = parser.parse_args()
-    asyncio.run(main(arguments.agents, arguments.restarts))
+    with tempfile.TemporaryDirectory(prefix="chiffon-restarts-") as made:
+        os.chmod(made, 0o755)  # the database's user must get in
+        asyncio.run(measure(Path(made), arguments.agents, arguments.restarts))
