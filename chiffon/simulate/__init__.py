@@ -8,6 +8,7 @@ outcome names every difference.
 import asyncio
 import gc
 import logging
+import math
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
@@ -87,7 +88,7 @@ async def run(settings: Settings, plan: Plan, tell: Callable[[str], None]) -> Ou
     """
     lease = liveness.lease(plan.interval_seconds)
     shortest = 2 * (liveness.offline_after(lease) + MARGIN_SECONDS)
-    if plan.seconds < shortest:
+    if not shortest <= plan.seconds < math.inf:
         raise BadConfiguration(
             f"{plan.seconds:g} s are too short: agents that fall silent half-way are marked after "
             f"{liveness.offline_after(lease):g} s; give it {shortest:.0f} s or more"
@@ -105,20 +106,11 @@ async def run(settings: Settings, plan: Plan, tell: Callable[[str], None]) -> Ou
         await _require_own_pool(registry, plan)
         stack.push_async_callback(_clear_for_good, registry, plan)
         tally: Counter[str] = Counter()
-        fleet = [
-            agent
+        lines = [
+            Line(await stack.enter_async_context(Link(amqp_url, name=f"chiffon simulate {number}")))
             for number in range(plan.connections)
-            for agent in _on_line(
-                plan,
-                number,
-                Line(
-                    await stack.enter_async_context(
-                        Link(amqp_url, name=f"chiffon simulate {number}")
-                    )
-                ),
-                tally,
-            )
         ]
+        fleet = _fleet(plan, lines, tally)
         offlines: Counter[UUID] = Counter()
         events = await stack.enter_async_context(planner.watch())
         stack.enter_context(_running(_count_offlines(events, offlines)))
@@ -132,15 +124,13 @@ async def run(settings: Settings, plan: Plan, tell: Callable[[str], None]) -> Ou
         return outcome
 
 
-def _on_line(plan: Plan, number: int, line: Line, tally: Counter[str]) -> Iterator[Agent]:
-    silent = _silent(plan)
-    for place in range(number, plan.agents, plan.connections):
-        yield Agent(place, plan, line, tally, falls_silent=place in silent)
-
-
-def _silent(plan: Plan) -> set[int]:
+def _fleet(plan: Plan, lines: Sequence[Line], tally: Counter[str]) -> list[Agent]:
     chance = random.Random(f"{plan.seed}/silent")
-    return set(chance.sample(range(plan.agents), round(plan.silent * plan.agents)))
+    silent = set(chance.sample(range(plan.agents), round(plan.silent * plan.agents)))
+    return [
+        Agent(number, plan, lines[number % len(lines)], tally, falls_silent=number in silent)
+        for number in range(plan.agents)
+    ]
 
 
 async def _live(fleet: Sequence[Agent], plan: Plan) -> float:

@@ -94,6 +94,33 @@ def test_without_an_orchestrator_a_question_is_told_that_nobody_answers(
     assert "is an orchestrator running?" in done.stderr
 
 
+def test_a_simulation_says_what_it_lacks(
+    chiffon: Callable[..., Done], broker: str, amqp_url: str
+) -> None:
+    short = chiffon("simulate", "--seconds", "20", "--interval-seconds", "1")
+    assert short.returncode == 78
+    assert "give it 23 s or more" in short.stderr
+
+    alone = chiffon("simulate", "--seconds", "30", "--interval-seconds", "1")
+    assert alone.returncode == 69
+    assert "is an orchestrator running?" in alone.stderr
+
+
+async def test_a_simulation_leaves_agents_of_others_alone(
+    chiffon: Callable[..., Done], amqp_url: str, database_url: str, registry: Registry
+) -> None:
+    other = update(pool_name="simulated-7")
+    await registry.record([Receipt(other, time.monotonic())])
+    async with orchestrating(amqp_url, database_url):
+        done = await asyncio.to_thread(
+            chiffon, "simulate", "--seconds", "30", "--interval-seconds", "1", "--seed", "7"
+        )
+
+    assert done.returncode == 78
+    assert "pool simulated-7 has 1 agents of somebody else" in done.stderr
+    assert await registry.show(other.agent_id) is not None
+
+
 def test_the_topology_is_declared_and_checked(chiffon: Callable[..., Done]) -> None:
     before = chiffon("bus", "check", "-o", "json")
     assert before.returncode == 3
