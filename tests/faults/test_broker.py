@@ -100,3 +100,18 @@ async def test_the_binding_of_heartbeats_is_lost(lab: Lab, survives: Survives) -
         await session.close()
 
     await survives(lab, "binding of heartbeats lost for 8 s", fault)
+
+
+async def test_the_queue_of_heartbeats_is_deleted(lab: Lab, survives: Survives) -> None:
+    """Its consumers are told that it is over, and make it anew."""
+
+    async def fault() -> None:
+        session = await dial(lab.amqp_url, "deletes")
+        channel = await session.channel(confirms=False)
+        for _ in range(3):
+            deleted = await channel.queue_delete("chiffon.ingest")
+            assert deleted.message_count is not None
+            await asyncio.sleep(2)
+        await session.close()
+
+    await survives(lab, "queue of heartbeats deleted, three times", fault)

@@ -1,6 +1,7 @@
 """URLs of brokers, and what the AMQP library raises."""
 
 import asyncio
+from contextlib import suppress
 
 import aiormq
 import pytest
@@ -72,7 +73,7 @@ def test_passwords_in_urls_are_masked(text: str, shown: str) -> None:
     assert masked(text) == shown
 
 
-def test_a_bug_is_not_taken_for_a_broken_connection() -> None:
+async def test_a_bug_is_not_taken_for_a_broken_connection() -> None:
     with pytest.raises(ZeroDivisionError), translated("doing"):
         raise ZeroDivisionError
 
@@ -110,6 +111,40 @@ async def test_a_cancellation_that_somebody_asked_for_stays_one() -> None:
         (aiormq.exceptions.ChannelInvalidStateError("closed"), BusUnavailable),
     ],
 )
-def test_library_errors_become_ours(raised: Exception, ours: type[Exception]) -> None:
+async def test_library_errors_become_ours(raised: Exception, ours: type[Exception]) -> None:
     with pytest.raises(ours), translated("doing"):
         raise raised
+
+
+async def test_a_cancellation_that_the_library_shrugs_off_is_raised_all_the_same() -> None:
+    async def shrug() -> None:
+        with translated("doing"), suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+
+    task = asyncio.create_task(shrug())
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait({task})
+
+    assert task.cancelled()
+
+
+async def test_what_tidies_up_after_a_cancellation_is_not_cancelled_again() -> None:
+    tidied = False
+
+    async def tidy_up() -> None:
+        nonlocal tidied
+        try:
+            await asyncio.sleep(60)
+        finally:
+            with translated("tidying up"):
+                await asyncio.sleep(0)
+            tidied = True
+
+    task = asyncio.create_task(tidy_up())
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait({task})
+
+    assert task.cancelled()
+    assert tidied
