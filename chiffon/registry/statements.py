@@ -121,10 +121,11 @@ RETURNING pool_name
 # mark. An agent whose connection closed ($4, $5 seconds ago) and which has said nothing since then
 # is as silent as one that let its lease pass. If its connections are known ($6) it has 1.5 s to
 # open another, else time for one more heartbeat. When many closed at about that time, those that
-# opened another since ($7) included, it was the line that broke: then the lease alone tells.
+# opened another since ($7) included, it was the line that broke: then the lease alone tells. So it
+# does while some agent's grace is running: those who all dial at once lose a connection or two.
 MARK_SILENT = """
 WITH path AS (
-  SELECT fresh_since FROM ingest_path
+  SELECT fresh_since, grace_until FROM ingest_path
    WHERE fresh_at > statement_timestamp() - interval '5 seconds'
 ), sizes AS (
   SELECT pool_name, count(*) AS members, sum(count(*)) OVER () AS everybody
@@ -151,8 +152,8 @@ WITH path AS (
          extract(epoch FROM statement_timestamp() - greatest(path.fresh_since, s.thawed_at, CASE
            WHEN r.last_heartbeat_at <= statement_timestamp() + interval '5 seconds'
            THEN r.last_heartbeat_at END)) AS silence,
-         coalesce(c.closed_at > path.fresh_since AND r.last_heartbeat_at < c.closed_at, false)
-           AS is_closed,
+         coalesce(c.closed_at > greatest(path.grace_until, s.thawed_at)
+                  AND r.last_heartbeat_at < c.closed_at, false) AS is_closed,
          c.seconds >= CASE WHEN c.is_known THEN 1.5 ELSE r.interval_seconds * 1.25 END
            AS is_settled,
          coalesce(c.is_burst, false) AS is_burst

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tests.faults.lab import Lab, Planner
 from tests.fixtures.waiting import until
@@ -19,7 +19,8 @@ class Report:
     of a row to an older heartbeat. ``false_offlines``: of agents that kept speaking.
     ``resurrections``: of ghosts. ``doubled``: transitions that were made twice. ``late``:
     questions that ended after their deadline. ``cut_off``: agents that the fault kept from
-    dialling, and that were rightly offline, as their connection closed.
+    dialling, and that were rightly offline, as their connection closed. ``reasons``: of all that
+    were marked.
     """
 
     beats: int = 0
@@ -34,6 +35,7 @@ class Report:
     answered: int = 0
     refused: int = 0
     recovery_seconds: float = 0.0
+    reasons: list[str] = field(default_factory=list)
 
     @property
     def is_sound(self) -> bool:
@@ -87,6 +89,7 @@ async def suffer(lab: Lab, fault: Fault, *, cuts_lines: bool = False) -> Report:
     wrong = [one for one in offlines if one.agent_id in living]
     report.cut_off = sum(one.reason == "connection closed" for one in wrong) if cuts_lines else 0
     report.false_offlines = len(wrong) - report.cut_off
+    report.reasons = sorted({str(one.reason) for one in wrong})
     report.marked = len(offlines) - len(wrong)
     report.backward = sum(one.is_backward for one in changes)
     report.resurrections = sum(one.agent_id in dead and one.became != "offline" for one in changes)

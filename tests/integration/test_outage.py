@@ -24,7 +24,8 @@ async def path(registry: Registry, database: Connection) -> None:
     """The canary has come through for hours."""
     await registry.mark_path_fresh(time.monotonic())
     await database.execute(
-        "UPDATE ingest_path SET fresh_since = now() - interval '3 hours', grace_until = now()"
+        "UPDATE ingest_path SET fresh_since = now() - interval '3 hours',"
+        " grace_until = now() - interval '3 hours'"
     )
 
 
@@ -288,6 +289,21 @@ async def test_a_closed_connection_tells_nothing_while_the_canary_is_not_fresh(
     desks = await fleet(registry, "desks", 5)
     await silence(database, desks, 3.0)
     await database.execute("UPDATE ingest_path SET fresh_at = now() - interval '6 seconds'")
+
+    assert (await registry.mark_silent([closing(desks[0])])).transitions == []
+
+
+async def test_a_closed_connection_tells_nothing_while_somebodys_grace_is_running(
+    registry: Registry, database: Connection
+) -> None:
+    """After the broker was away all dial at once, and some of them more than once."""
+    desks = await fleet(registry, "desks", 5)
+    await silence(database, desks, 3.0)
+    await silence(database, desks[4:], 12.0)
+    await database.execute(
+        "UPDATE ingest_path SET fresh_since = now() - interval '10 seconds',"
+        " grace_until = now() + interval '10 seconds'"
+    )
 
     assert (await registry.mark_silent([closing(desks[0])])).transitions == []
 
