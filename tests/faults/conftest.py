@@ -1,5 +1,6 @@
 """One system for all faults of a test process, and the table of what they did."""
 
+import logging
 import os
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -20,6 +21,10 @@ Shown = Callable[[str, Report], None]
 
 PROPERTY = "fault"
 _REPORTS: list[dict[str, Any]] = []
+
+
+# It logs each failed dial at ERROR; here they fail by the thousand.
+logging.getLogger("aiormq").setLevel(logging.CRITICAL)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -60,9 +61,7 @@ class Server:
 
     def kill(self) -> None:
         """End it, with all that it started, without a chance to tidy up."""
-        processes = self._all()
-        for one in processes:
-            one.send_signal(signal.SIGKILL)
+        processes = self._signal(signal.SIGKILL)
         if self._own is not None:
             self._own.wait()
         psutil.wait_procs(processes, timeout=30)
@@ -84,19 +83,24 @@ class Server:
 
     def freeze(self) -> None:
         """Stop it, with all that it started."""
-        for one in self._all():
-            one.send_signal(signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
         """Let it go on."""
-        for one in self._all():
-            one.send_signal(signal.SIGCONT)
+        self._signal(signal.SIGCONT)
 
     def end(self) -> None:
         """End what was started again here."""
         if self._own is not None and self._own.poll() is None:
             self.thaw()
             self.kill()
+
+    def _signal(self, number: signal.Signals) -> list[psutil.Process]:
+        processes = self._all()
+        for one in processes:
+            with suppress(psutil.NoSuchProcess):  # a child that ended by itself, or with its parent
+                one.send_signal(number)
+        return processes
 
     def _all(self) -> list[psutil.Process]:
         process = psutil.Process(self.pid)
