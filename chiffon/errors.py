@@ -100,7 +100,7 @@ class QueueDown(BusUnavailable):
     """A queue is on a node of the broker that is down, and cannot be used until it is back."""
 
     def __init__(self, queue: str) -> None:
-        super().__init__(f"queue {queue} is on a node of the broker that is down")
+        super().__init__(f"queue {queue} is on a node of the broker that is down or silent")
         self.queue = queue
 
 

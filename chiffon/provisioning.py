@@ -22,6 +22,8 @@ from chiffon.topology import BINDINGS, EXCHANGES, INGEST, QUEUES, Binding, Excha
 log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 5.0
+ONE_NODE_SECONDS = 2.0
+"""For a queue that is on one node of a cluster: without it there is another way."""
 
 Verdict = Literal["ok", "missing", "different", "not allowed"]
 
@@ -98,18 +100,24 @@ async def declare_queue(channel: Channel, queue: Queue) -> None:
 
     Raises:
         TopologyMismatch: It is there with other arguments.
-        QueueDown: It is there, on a node that is down.
+        QueueDown: It is there, on a node that is down or does not answer.
         BusRefused: No right to.
     """
+    is_on_one_node = queue.arguments.get("x-queue-type") == "classic"
     try:
         with translated(f"declaring queue {queue.name}"):
-            await channel.queue_declare(
-                queue.name,
-                durable=True,
-                auto_delete=queue.auto_delete,
-                arguments=queue.arguments,
-                timeout=ANSWER_SECONDS,
-            )
+            try:
+                await channel.queue_declare(
+                    queue.name,
+                    durable=True,
+                    auto_delete=queue.auto_delete,
+                    arguments=queue.arguments,
+                    timeout=ONE_NODE_SECONDS if is_on_one_node else ANSWER_SECONDS,
+                )
+            except TimeoutError:
+                if not is_on_one_node:
+                    raise
+                raise QueueDown(queue.name) from None  # RabbitMQ 4.0 looks for it for a minute
     except TopologyMissing:
         # To a declaration that is not passive this is the only meaning of "not found".
         raise QueueDown(queue.name) from None
