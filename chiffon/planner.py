@@ -181,24 +181,33 @@ class PlannerClient:
         left = max(deadline - time.monotonic(), 0.001)
         reply: asyncio.Future[DeliveredMessage] = asyncio.get_running_loop().create_future()
         self._waiting[correlation_id] = reply
-        try:
-            await publish(
+        properties = Properties(
+            message_type=kind,
+            content_type="application/json",
+            correlation_id=correlation_id,
+            reply_to=self._reply_queue,
+            expiration=str(max(int(left * 1_000), 1)),
+            headers={DEADLINE_HEADER: int((time.time() + left) * 1_000)},
+        )
+        # Beside the wait for the reply: with a node of a cluster down, RabbitMQ 4.0 may confirm
+        # late what has long been answered.
+        publishing = asyncio.create_task(
+            publish(
                 self._channel,
                 body,
                 exchange=RPC,
                 routing_key=CAPACITY_KEY,
-                properties=Properties(
-                    message_type=kind,
-                    content_type="application/json",
-                    correlation_id=correlation_id,
-                    reply_to=self._reply_queue,
-                    expiration=str(max(int(left * 1_000), 1)),
-                    headers={DEADLINE_HEADER: int((time.time() + left) * 1_000)},
-                ),
+                properties=properties,
                 timeout=left,
             )
+        )
+        publishing.add_done_callback(lambda done: done.cancelled() or done.exception())
+        try:
             either: set[asyncio.Future[Any]] = {reply, session.lost}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({publishing, *either}, return_when=asyncio.FIRST_COMPLETED)
+            if publishing.done() and not reply.done():
+                publishing.result()
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not reply.done():
                 raise BusUnavailable(f"lost the broker: {session.lost.result()}")
             self._link.works()
@@ -208,6 +217,7 @@ class PlannerClient:
                 "nobody answers capacity questions on this broker: is an orchestrator running?"
             ) from None
         finally:
+            publishing.cancel()
             del self._waiting[correlation_id]
 
     async def _prepare(self, session: Session) -> None:
