@@ -5,8 +5,8 @@ RabbitMQ's plugin ``rabbitmq_event_exchange`` publishes ``connection.created`` a
 name their connection by their id. A closed connection alone is no death: the agent may have
 another, or dial again. So a closing counts only after a while in which no connection of that name
 was opened and nothing was heard, and the sweep, which knows the rest and sees when many closed at
-once, has the last word. Where
-there is no such exchange, or we may not read it, silence is noticed by the lease alone.
+once, has the last word. Where there is no such exchange, or we may not read it, silence is noticed
+by the lease alone.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """The orchestrator: ingest, sweeper, canary and responder in one process.
 
-Any number may run on one broker and database; any may die at any time. Three connections: one
+Any number may run on one broker and database; any may die at any time. Its connections: one
 consumes and acknowledges, the others publish, since an alarm of the broker stops everything on a
 connection that publishes, acknowledgements included; answers have one of their own.
 """

@@ -189,8 +189,8 @@ class PlannerClient:
             expiration=str(max(int(left * 1_000), 1)),
             headers={DEADLINE_HEADER: int((time.time() + left) * 1_000)},
         )
-        # Beside the wait for the reply: with a node of a cluster down, RabbitMQ 4.0 may confirm
-        # late what has long been answered.
+        # Beside the wait for the reply, which need not wait for the confirm: of a question that is
+        # routed to several queues the slowest of them decides when that comes.
         publishing = asyncio.create_task(
             publish(
                 self._channel,
