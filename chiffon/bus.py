@@ -8,7 +8,7 @@ from pamqp.commands import Basic
 
 from chiffon import liveness
 from chiffon.encoding import encode, routing_key
-from chiffon.errors import BusUnavailable, Unroutable
+from chiffon.errors import BusUnavailable, NotTaken, Unroutable
 from chiffon.link import Link
 from chiffon.messages import STATUS_UPDATE, StatusUpdate
 from chiffon.session import CLOSE_SECONDS, Channel, Session, translated
@@ -66,7 +66,7 @@ class Publisher:
                     timeout=timeout,
                     mandatory=mandatory,
                 )
-        except Unroutable:
+        except (Unroutable, NotTaken):
             raise
         except TimeoutError:
             trouble = f"not published in {timeout:g} s: {self._link.trouble}"
@@ -115,6 +115,7 @@ async def publish(
 
     Raises:
         Unroutable: Confirmed, and no queue took it.
+        NotTaken: A queue did not take it.
         TopologyMissing: There is no such exchange. The session is lost.
         BusUnavailable: Not confirmed in time, refused, or the connection broke.
     """

@@ -15,6 +15,7 @@
         * TopologyMismatch   it is there, with other arguments
         * QueueDown          a queue is on a node of the broker that is down
         * Unroutable         the broker confirmed that no queue takes this message
+        * NotTaken           it told us that a queue did not take it; another may have
         * ConsumerStuck      the broker gives our consumer nothing, whatever we do
     * CapacityError          a capacity question was not answered
         * NoResponders       nobody is listening for it
@@ -106,6 +107,14 @@ class QueueDown(BusUnavailable):
 
 class Unroutable(BusUnavailable):
     """The broker took the message and said that no queue is bound for it."""
+
+
+class NotTaken(BusUnavailable):
+    """The broker told us that a queue did not take the message; others that are bound may have.
+
+    It does so (``basic.nack``) for a queue that is full and, from RabbitMQ 4.0 on, for a classic
+    queue whose node is down.
+    """
 
 
 class ConsumerStuck(BusUnavailable):

@@ -30,6 +30,7 @@ from chiffon.errors import (
     CapacityRefused,
     CapacityTimeout,
     NoResponders,
+    NotTaken,
     Unroutable,
 )
 from chiffon.link import Link
@@ -53,6 +54,9 @@ from chiffon.watcher import Event, following
 log = logging.getLogger(__name__)
 
 REDIAL_CAP_SECONDS = 1.0
+
+ASK_AGAIN_SECONDS = 0.5
+"""After a queue did not take a question, and nobody has answered it from another queue."""
 
 Answer = TypeVar("Answer", bound=BaseModel)
 
@@ -160,6 +164,8 @@ class PlannerClient:
                         return await self._ask_once(session, kind, body, deadline)
                     except (NoResponders, BusRefused):
                         raise
+                    except NotTaken as error:
+                        log.debug("asking again: %s", error)
                     except BusUnavailable as error:
                         # The line was cut: asking twice harms nobody, a question changes nothing.
                         session.drop(str(error))
@@ -206,12 +212,22 @@ class PlannerClient:
             either: set[asyncio.Future[Any]] = {reply, session.lost}
             await asyncio.wait({publishing, *either}, return_when=asyncio.FIRST_COMPLETED)
             if publishing.done() and not reply.done():
-                publishing.result()
-                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not reply.done():
+                is_elsewhere = isinstance(publishing.exception(), NotTaken)
+                if not is_elsewhere:
+                    publishing.result()
+                await asyncio.wait(
+                    either,
+                    # The standby queue may hold it all the same.
+                    timeout=ASK_AGAIN_SECONDS if is_elsewhere else None,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+            if reply.done():
+                self._link.works()
+                return reply.result()
+            if session.lost.done():
                 raise BusUnavailable(f"lost the broker: {session.lost.result()}")
-            self._link.works()
-            return reply.result()
+            publishing.result()
+            raise AssertionError("neither a reply nor a reason why there is none")
         except Unroutable:
             raise NoResponders(
                 "nobody answers capacity questions on this broker: is an orchestrator running?"

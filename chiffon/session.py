@@ -21,6 +21,7 @@ from chiffon.errors import (
     BadConfiguration,
     BusRefused,
     BusUnavailable,
+    NotTaken,
     TopologyMismatch,
     TopologyMissing,
     Unroutable,
@@ -277,9 +278,6 @@ def _translated(doing: str) -> Iterator[None]:
         raise BusUnavailable(f"{doing}: the connection broke") from None
     except TimeoutError:
         raise BusUnavailable(f"{doing}: not confirmed in time") from None
-    except aiormq.exceptions.PublishError as error:
-        reason = getattr(error.frame, "reply_text", None) or "NO_ROUTE"
-        raise Unroutable(f"{doing}: no queue is bound for it ({reason})") from None
     except (aiormq.exceptions.AMQPError, OSError, RuntimeError) as error:
         ours = _TRANSLATIONS.get(type(error), BusUnavailable)
         raise ours(f"{doing}: {_describe(error)}") from None
@@ -294,6 +292,8 @@ _TRANSLATIONS: dict[type[BaseException], type[BusUnavailable]] = {
     aiormq.exceptions.ChannelNotFoundEntity: TopologyMissing,
     aiormq.exceptions.ChannelAccessRefused: BusRefused,
     aiormq.exceptions.ChannelPreconditionFailed: TopologyMismatch,
+    aiormq.exceptions.PublishError: Unroutable,
+    aiormq.exceptions.DeliveryError: NotTaken,
 }
 
 
@@ -305,5 +305,10 @@ def _describe(error: BaseException | None) -> str:
     """Return one line for people; library exceptions keep theirs in ``args``."""
     if error is None or isinstance(error, asyncio.CancelledError):
         return "the connection was closed"
+    if isinstance(error, aiormq.exceptions.PublishError):
+        reason = getattr(error.frame, "reply_text", None) or "NO_ROUTE"
+        return f"no queue is bound for it ({reason})"
+    if isinstance(error, aiormq.exceptions.DeliveryError):
+        return "a queue is full, or its node is down"
     words = [str(arg) for arg in error.args if arg is not None]
     return masked(" ".join(words) or type(error).__name__)
