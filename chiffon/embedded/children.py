@@ -67,7 +67,7 @@ class Child:
                     env=environment,
                     cwd=folder,
                     start_new_session=True,
-                    preexec_fn=_tie_to(os.getpid(), death_signal),
+                    preexec_fn=tie_to(os.getpid(), death_signal),
                     user=owner.pw_uid if owner else None,
                     group=owner.pw_gid if owner else None,
                     extra_groups=[] if owner else None,
@@ -130,7 +130,9 @@ def unprivileged_user() -> str | None:
     return None
 
 
-def _tie_to(parent: int, death_signal: signal.Signals) -> Callable[[], None]:
+def tie_to(parent: int, death_signal: signal.Signals) -> Callable[[], None]:
+    """Return a ``preexec_fn`` by which a child ends with the process ``parent``, our own."""
+
     def before_exec() -> None:
         _libc.prctl(_PR_SET_PDEATHSIG, int(death_signal))
         if os.getppid() != parent:  # we died between fork and here

@@ -25,6 +25,7 @@ import asyncpg
 from chiffon import migrations
 from chiffon.agent import BaseAgent
 from chiffon.embedded import postgres, rabbitmq
+from chiffon.embedded.children import tie_to
 from chiffon.encoding import encode, routing_key
 from chiffon.errors import BusUnavailable, CapacityError
 from chiffon.messages import CapacityQuery, ResourceMetrics, StatusUpdate
@@ -165,6 +166,7 @@ class Lab:
                 cwd=PROJECT,
                 stdout=output,
                 stderr=output,
+                preexec_fn=tie_to(os.getpid(), signal.SIGKILL),
             )
         self.orchestrators.append(started)
         return started

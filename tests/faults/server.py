@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from chiffon.embedded.children import tie_to
+
 
 class Server:
     """A running server.
@@ -78,6 +80,7 @@ class Server:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            preexec_fn=tie_to(os.getpid(), signal.SIGKILL),
         )
         self.pid = self._own.pid
 
