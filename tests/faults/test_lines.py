@@ -27,7 +27,12 @@ async def test_they_are_slow(lab: Lab, survives: Survives, latency_seconds: floa
         assert slow < 8 / INTERVAL_SECONDS * len(lab.agents), "nothing was slower"
         lab.proxy.latency_seconds = 0.0
 
-    await survives(lab, f"lines slower by {latency_seconds:g} s each way", fault)
+    # The slower ones need 2 s for a confirm and eight to dial: an agent that a busy machine holds
+    # up for another second gives its connection up.
+    cuts_lines = latency_seconds >= 1
+    await survives(
+        lab, f"lines slower by {latency_seconds:g} s each way", fault, cuts_lines=cuts_lines
+    )
 
 
 async def test_they_are_reset_in_the_middle_of_frames(lab: Lab, survives: Survives) -> None:
@@ -42,16 +47,19 @@ async def test_they_are_reset_in_the_middle_of_frames(lab: Lab, survives: Surviv
 
 
 async def test_they_are_open_and_swallow_everything(lab: Lab, survives: Survives) -> None:
-    """Shorter than a lease: an agent whose heartbeat is not confirmed dials again in time."""
+    """An agent whose heartbeat is not confirmed within 3 s dials again, before its lease is over.
+
+    The line is whole again by then: who dialled into a dead one would need another three seconds.
+    """
 
     async def fault() -> None:
         swallowed = lab.proxy.swallowed_bytes
         lab.proxy.swallows = True
-        await asyncio.sleep(3.5)
+        await asyncio.sleep(2.5)
         lab.proxy.swallows = False
         assert lab.proxy.swallowed_bytes > swallowed
 
-    await survives(lab, "half-open lines for 3.5 s", fault, cuts_lines=True)
+    await survives(lab, "half-open lines for 2.5 s", fault, cuts_lines=True)
 
 
 async def test_all_agents_are_cut_off_for_longer_than_a_lease(lab: Lab, survives: Survives) -> None:
