@@ -22,7 +22,7 @@ from typing import Any, Protocol, Self
 
 from chiffon import __version__, liveness
 from chiffon.bus import Publisher, publish_heartbeat
-from chiffon.errors import BusUnavailable, ChiffonError, Unroutable, exit_code
+from chiffon.errors import BusUnavailable, ChiffonError, NotTaken, Unroutable, exit_code
 from chiffon.identity import Identity, claim, fresh, peek
 from chiffon.link import Link
 from chiffon.logs import configure
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 JITTER = 0.05
 """Each pause is up to 5 % shorter or longer, so that agents started together drift apart."""
 
-UNROUTABLE_SECONDS = 60.0
+WARN_LOST_SECONDS = 60.0
 """Between two warnings that no queue takes our heartbeats."""
 
 
@@ -111,7 +111,7 @@ class BaseAgent:
             stop_if_refused=stop_if_refused,
         )
         self._publisher = Publisher(self._link)
-        self._warned_unroutable = -UNROUTABLE_SECONDS
+        self._warned_lost = -WARN_LOST_SECONDS
         self._stack = AsyncExitStack()
         self._task: asyncio.Task[None]
 
@@ -168,6 +168,7 @@ class BaseAgent:
 
         Raises:
             Unroutable: No queue takes heartbeats: the broker lost its binding.
+            NotTaken: The queue did not take it.
             BusUnavailable: No connection, or no confirm, within 3 s. The connection is dropped
                 and dialled again, unless an alarm of the broker blocks it.
         """
@@ -221,8 +222,8 @@ class BaseAgent:
             self._due.clear()
             try:
                 await self.send_heartbeat()
-            except Unroutable as error:
-                self._warn_unroutable(error)
+            except (Unroutable, NotTaken) as error:
+                self._warn_lost(error)
             except BusUnavailable as error:
                 log.warning("heartbeat %d not confirmed: %s", self._sequence, error)
                 await session.unblocked()
@@ -241,10 +242,10 @@ class BaseAgent:
         finally:
             due.cancel()
 
-    def _warn_unroutable(self, error: Unroutable) -> None:
+    def _warn_lost(self, error: Unroutable | NotTaken) -> None:
         now = time.monotonic()
-        if now - self._warned_unroutable >= UNROUTABLE_SECONDS:
-            self._warned_unroutable = now
+        if now - self._warned_lost >= WARN_LOST_SECONDS:
+            self._warned_lost = now
             log.warning("heartbeats are lost: %s; see `chiffon bus check`", error)
 
     async def _farewell(self) -> None:

@@ -6,6 +6,7 @@
 
 import json
 import logging
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Protocol
@@ -15,7 +16,9 @@ import asyncpg
 from pydantic import ValidationError
 
 from chiffon.encoding import first_problem
-from chiffon.errors import AgentNotFoundError
+from chiffon.errors import AgentNotFoundError, BadMessage
+from chiffon.explanation import MOST_NAMED, Explanation, explain
+from chiffon.fleet import Agent, AgentPage, Fleet
 from chiffon.messages import (
     MAX_INTEGER,
     MAX_OFFERS,
@@ -95,6 +98,59 @@ class OrchestratorService:
             raise AgentNotFoundError(agent_id)
         return describe(row)
 
+    async def explain(self, query: CapacityQuery) -> Explanation:
+        """Return why each agent that ``find`` does not offer is not offered.
+
+        Looks at every agent, where ``find`` stops at its limit: for people, not for planners.
+        """
+        return explain(query, await self._registry.explain(query, MOST_NAMED))
+
+    async def fleet(self) -> Fleet:
+        """Return the fleet in numbers."""
+        return Fleet.of(await self._registry.summary())
+
+    async def agent(self, agent_id: UUID) -> Agent:
+        """Return all that is known of one agent.
+
+        Raises:
+            AgentNotFoundError: It is not in the registry.
+        """
+        row = await self._registry.show(agent_id)
+        if row is None:
+            raise AgentNotFoundError(agent_id)
+        return Agent.of(row)
+
+    async def agents(
+        self,
+        *,
+        status: str | None = None,
+        pool_name: str | None = None,
+        agent_type: str | None = None,
+        after: str | None = None,
+        limit: int = 100,
+    ) -> AgentPage:
+        """Return agents by pool and host, ``limit`` at a time.
+
+        Args:
+            status: Only these.
+            pool_name: Only those in it.
+            agent_type: Only these.
+            after: ``next`` of the page before.
+            limit: At most, at least 1.
+
+        Raises:
+            BadMessage: ``after`` is not from a page.
+        """
+        rows = await self._registry.list_agents(
+            status,
+            pool_name,
+            agent_type,
+            after=None if after is None else _place(after),
+            most=limit + 1,
+        )
+        agents = [Agent.of(row) for row in rows[:limit]]
+        return AgentPage(agents=agents, next=_cursor(agents[-1]) if len(rows) > limit else None)
+
     async def get_agent_capacity(self, agent_id: UUID | str) -> dict[str, Any]:
         """Return ``show`` as a dict: ``agent_id``, ``status``, the metrics, ``timestamp``, ages.
 
@@ -130,6 +186,22 @@ class OrchestratorService:
             query.min_cpu_cores,
         )
         return [offer.model_dump(mode="json") for offer in offers.agents]
+
+
+def _cursor(last: Agent) -> str:
+    place = json.dumps([last.pool_name, last.hostname or "", str(last.agent_id)])
+    return urlsafe_b64encode(place.encode()).decode()
+
+
+def _place(cursor: str) -> tuple[str, str, UUID]:
+    try:
+        pool_name, hostname, agent_id = json.loads(urlsafe_b64decode(cursor.encode()))
+        place = (str(pool_name), str(hostname), UUID(agent_id))
+    except (ValueError, TypeError, AttributeError):
+        raise BadMessage("after: not the `next` of a page") from None
+    if any("\0" in word for word in place[:2]):  # no text of PostgreSQL has one
+        raise BadMessage("after: not the `next` of a page")
+    return place
 
 
 def describe(row: AgentRow) -> AgentCapacity:

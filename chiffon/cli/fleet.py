@@ -20,7 +20,7 @@ from chiffon.cli.output import (
     table,
     width_of,
 )
-from chiffon.cli.rows import EVENTS, FLEET, agent_data
+from chiffon.cli.rows import EVENTS, FLEET
 
 if TYPE_CHECKING:
     from chiffon.registry import Registry
@@ -71,14 +71,12 @@ def show(
     """Show all that is known of one agent. Exit code 3 if there is no such agent."""
     import asyncio
 
-    from chiffon.errors import AgentNotFoundError
+    from chiffon.capacity import OrchestratorService
 
     async def read() -> Data:
         async with _registry() as registry:
-            found = await registry.show(agent)
-            if found is None:
-                raise AgentNotFoundError(agent)
-            return agent_data(found)
+            found = await OrchestratorService(registry).agent(agent)
+            return found.model_dump(mode="json")
 
     show_one(asyncio.run(read()), output)
 
@@ -231,6 +229,7 @@ def _registry() -> Any:
 async def _agents(
     registry: "Registry", status: str | None, pool_name: str | None, agent_type: str | None
 ) -> list[Data]:
-    return [
-        agent_data(agent) for agent in await registry.list_agents(status, pool_name, agent_type)
-    ]
+    from chiffon.fleet import Agent
+
+    rows = await registry.list_agents(status, pool_name, agent_type)
+    return [Agent.of(row).model_dump(mode="json") for row in rows]

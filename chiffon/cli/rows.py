@@ -1,7 +1,6 @@
-"""The columns of the tables, and agents and offers as plain data."""
+"""The columns of the tables."""
 
 from collections.abc import Collection
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from chiffon.cli.output import Column, Row, age, gigabytes, plain
@@ -9,19 +8,6 @@ from chiffon.cli.output import Column, Row, age, gigabytes, plain
 if TYPE_CHECKING:
     from chiffon.agent import Preview
     from chiffon.messages import Gpu
-    from chiffon.registry import AgentRow
-
-
-def agent_data(agent: "AgentRow") -> dict[str, Any]:
-    """Return an agent as JSON has it; times as ISO 8601, ages in seconds."""
-    data = asdict(agent)
-    for name in ("sent_at", "last_heartbeat_at", "status_changed_at", "lower_incarnation_at"):
-        data[name] = data[name].isoformat() if data[name] is not None else None
-    data["agent_id"] = str(agent.agent_id)
-    data["heartbeat_age_seconds"] = data.pop("age_seconds")
-    data["is_silent"] = agent.age_seconds is None or agent.age_seconds > agent.lease_seconds
-    data["resources"] = data.pop("resource_metrics")
-    return data
 
 
 def heartbeat_rows(

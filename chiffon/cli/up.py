@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from chiffon.cli.output import Format, FormatOption, emit, note, show_many
-from chiffon.cli.rows import FLEET, OFFERS, agent_data
+from chiffon.cli.rows import FLEET, OFFERS
 
 if TYPE_CHECKING:
     from chiffon.embedded.up import Up
@@ -43,8 +43,9 @@ def up(
 
 def _show(made: "Up", output: Format | None, once: bool) -> None:
     from chiffon.errors import masked
+    from chiffon.fleet import Agent
 
-    agents = [agent_data(agent) for agent in made.agents]
+    agents = [Agent.of(row).model_dump(mode="json") for row in made.agents]
     offers = made.offers.model_dump(mode="json")
     urls = {name.removesuffix("_url"): masked(url) for name, url in made.urls.items()}
     if output in (Format.json, Format.jsonl):

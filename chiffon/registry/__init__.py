@@ -28,7 +28,9 @@ from chiffon.messages import CapacityQuery, StatusUpdate
 from chiffon.registry.rows import (
     AgentRow,
     Closing,
+    FleetSummary,
     Found,
+    Misfits,
     Receipt,
     Recorded,
     Stale,
@@ -37,6 +39,7 @@ from chiffon.registry.rows import (
 )
 from chiffon.registry.statements import (
     COUNT_LOWER_INCARNATIONS,
+    EXPLAIN,
     FIND,
     FORGET,
     FORGET_EMPTY_POOLS,
@@ -44,15 +47,21 @@ from chiffon.registry.statements import (
     MARK_PATH_FRESH,
     MARK_SILENT,
     RECORD,
+    RULES,
     SETTLE_GRACE,
     SHOW,
+    SHOW_MANY,
+    SUMMARY,
     THAW,
+    VERSIONS,
 )
 
 __all__ = [
     "AgentRow",
     "Closing",
+    "FleetSummary",
     "Found",
+    "Misfits",
     "Receipt",
     "Recorded",
     "Registry",
@@ -220,18 +229,7 @@ class Registry:
             query: The needs.
             most: How many rows to return at most.
         """
-        rows = await self._fetch(
-            FIND,
-            query.min_gpu_vram_gb,
-            query.min_cpu_cores,
-            query.min_memory_gb,
-            query.agent_type,
-            query.pool_name,
-            query.gpu_type,
-            json.dumps(query.capabilities),
-            most,
-            query.min_single_gpu_vram_gb,
-        )
+        rows = await self._fetch(FIND, *_arguments(query, most))
         header = rows[0]
         return Found(
             as_of=header["as_of"],
@@ -240,19 +238,67 @@ class Registry:
             rows=[row for row in rows if row["agent_id"] is not None],
         )
 
+    async def explain(self, query: CapacityQuery, most: int) -> Misfits:
+        """Return which of the rules of an offer agents break, by a look at every one of them.
+
+        Args:
+            query: The needs.
+            most: How many of the nearest misses to name at most.
+        """
+        [row] = await self._fetch(EXPLAIN, *_arguments(query, most))
+        order = {rule: place for place, rule in enumerate(RULES)}
+        counts = [
+            (one["rule"], one["agents"], one["most"], one["hostname"])
+            for one in json.loads(row["counts"] or "[]")
+        ]
+        counts.sort(key=lambda one: -1 if one[0] is None else order[one[0]])
+        return Misfits(row["as_of"], counts, json.loads(row["nearest"] or "[]"))
+
     async def show(self, agent_id: UUID) -> AgentRow | None:
         """Return one agent, or ``None`` if there is no such agent."""
         rows = await self._fetch(SHOW, agent_id)
         return _agent(rows[0]) if rows else None
+
+    async def show_many(self, agent_ids: Sequence[UUID]) -> list[AgentRow]:
+        """Return these agents, in no order, without those that are not there."""
+        return [_agent(row) for row in await self._fetch(SHOW_MANY, agent_ids)]
 
     async def list_agents(
         self,
         status: str | None = None,
         pool_name: str | None = None,
         agent_type: str | None = None,
+        *,
+        after: tuple[str, str, UUID] | None = None,
+        most: int | None = None,
     ) -> list[AgentRow]:
-        """Return all agents that fit the filters (``None``: any), by pool, host and id."""
-        return [_agent(row) for row in await self._fetch(LIST, status, pool_name, agent_type)]
+        """Return agents that fit the filters (``None``: any), by pool, host and id.
+
+        Args:
+            status: Only these.
+            pool_name: Only those in it.
+            agent_type: Only these.
+            after: Pool, host (empty if unknown) and id of the last one that is not wanted again.
+            most: How many at most; ``None`` for all.
+        """
+        place = after or (None, None, None)
+        rows = await self._fetch(LIST, status, pool_name, agent_type, *place, most)
+        return [_agent(row) for row in rows]
+
+    async def versions(self) -> dict[UUID, str]:
+        """Return every agent's id, with a mark that is another one after each change of its row."""
+        return {row["agent_id"]: row["version"] for row in await self._fetch(VERSIONS)}
+
+    async def summary(self) -> FleetSummary:
+        """Return the fleet in numbers."""
+        [row] = await self._fetch(SUMMARY)
+        return FleetSummary(
+            as_of=row["as_of"],
+            degraded=row["degraded"],
+            frozen_pools=row["frozen_pools"],
+            agents=json.loads(row["agents"]),
+            silent=row["silent"],
+        )
 
     async def forget(self, agent_ids: Sequence[UUID]) -> list[UUID]:
         """Remove agents, and what is known of pools that have none any more.
@@ -305,6 +351,20 @@ def asyncpg_url(url: str) -> str:
             "/ is written %2F, @ %40 and : %3A"
         ) from None
     return f"postgresql{url[len(scheme) :]}"
+
+
+def _arguments(query: CapacityQuery, most: int) -> tuple[Any, ...]:
+    return (
+        query.min_gpu_vram_gb,
+        query.min_cpu_cores,
+        query.min_memory_gb,
+        query.agent_type,
+        query.pool_name,
+        query.gpu_type,
+        json.dumps(query.capabilities),
+        most,
+        query.min_single_gpu_vram_gb,
+    )
 
 
 def _columns(receipt: Receipt, now: float) -> tuple[Any, ...]:

@@ -124,3 +124,28 @@ class Found:
     degraded: bool
     malformed: list[UUID]
     rows: list[asyncpg.Record]
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSummary:
+    """The fleet in numbers: agents by status, and those alive by status whose lease is over."""
+
+    as_of: datetime
+    degraded: bool
+    frozen_pools: list[str]
+    agents: dict[str, int]
+    silent: int
+
+
+@dataclass(frozen=True, slots=True)
+class Misfits:
+    """Why agents do not fit a query.
+
+    ``counts``: how many fail each rule first, in the order of the rules; of a rule about an
+    amount, the most that one of them has, and its host. ``None`` counts those that fit.
+    ``nearest``: who fails the fewest rules, with the names of those.
+    """
+
+    as_of: datetime
+    counts: list[tuple[str | None, int, float | None, str | None]]
+    nearest: list[dict[str, Any]]

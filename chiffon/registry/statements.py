@@ -221,11 +221,46 @@ UNION ALL
 SELECT NULL, NULL, pool_name, NULL FROM frozen
 """
 
-FIND = """
+_DEGRADED = """coalesce((SELECT fresh_at <= statement_timestamp() - interval '5 seconds'
+                       OR grace_until > statement_timestamp() FROM ingest_path), true)"""
+
+# The rules of an offer, each by its name. FIND offers who keeps all of them, EXPLAIN tells which
+# of them somebody breaks.
+_SCOPE = {
+    "pool_name": "($5::text IS NULL OR r.pool_name = $5)",
+    "agent_type": "($4::text IS NULL OR r.agent_type = $4)",
+    "gpu_type": "($6::text IS NULL OR r.resource_metrics ->> 'gpu_type' = $6)",
+    "capabilities": "r.capabilities @> $7::jsonb",
+}
+_FRESH = (
+    "r.last_heartbeat_at > statement_timestamp() - r.lease_seconds * interval '1 second'"
+    " AND r.last_heartbeat_at < statement_timestamp() + interval '5 seconds'"
+)
+_NEEDS = {
+    "min_gpu_vram_gb": "r.free_vram_gb >= $1",
+    "min_single_gpu_vram_gb": "r.free_single_gpu_vram_gb >= $9",
+    "min_cpu_cores": "r.free_cores >= $2",
+    "min_memory_gb": "r.free_memory_gb >= $3",
+}
+_STATE = {
+    "offline": "r.status <> 'offline'",
+    "busy": "r.status <> 'busy'",
+    "drained": "NOT r.drained",
+    "silent": _FRESH,
+    "no_metrics": "r.metrics_sound IS NOT NULL",
+    "malformed_metrics": "coalesce(r.metrics_sound, true)",
+}
+_FREE = {
+    "min_gpu_vram_gb": "free_vram_gb",
+    "min_single_gpu_vram_gb": "free_single_gpu_vram_gb",
+    "min_cpu_cores": "free_cores",
+    "min_memory_gb": "free_memory_gb",
+}
+
+FIND = f"""
 WITH header AS (
   SELECT statement_timestamp() AS as_of,
-         coalesce((SELECT fresh_at <= statement_timestamp() - interval '5 seconds'
-                       OR grace_until > statement_timestamp() FROM ingest_path), true)
+         {_DEGRADED}
            OR EXISTS (SELECT FROM pool_state WHERE thawed_at IS NULL
                          AND ($5::text IS NULL OR pool_name = $5)) AS degraded,
          ARRAY(SELECT agent_id FROM agent_registry
@@ -235,15 +270,8 @@ WITH header AS (
   SELECT r.agent_id, r.agent_type, r.pool_name, r.hostname, r.status, r.resource_metrics,
          r.performance_score, r.last_heartbeat_at, r.free_vram_gb, r.free_cores
     FROM agent_registry r
-   WHERE r.status = 'online' AND r.metrics_sound AND NOT r.drained
-     AND r.last_heartbeat_at > statement_timestamp() - r.lease_seconds * interval '1 second'
-     AND r.last_heartbeat_at < statement_timestamp() + interval '5 seconds'
-     AND r.free_vram_gb >= $1 AND r.free_cores >= $2 AND r.free_memory_gb >= $3
-     AND r.free_single_gpu_vram_gb >= $9
-     AND ($4::text IS NULL OR r.agent_type = $4)
-     AND ($5::text IS NULL OR r.pool_name = $5)
-     AND ($6::text IS NULL OR r.resource_metrics ->> 'gpu_type' = $6)
-     AND r.capabilities @> $7::jsonb
+   WHERE r.status = 'online' AND r.metrics_sound AND NOT r.drained AND {_FRESH}
+     AND {" AND ".join([*_NEEDS.values(), *_SCOPE.values()])}
    ORDER BY r.free_vram_gb DESC, r.free_cores DESC, r.performance_score DESC, r.agent_id
    LIMIT $8
 )
@@ -251,6 +279,42 @@ SELECT header.*, offers.*,
        extract(epoch FROM header.as_of - offers.last_heartbeat_at)::float8 AS age_seconds
   FROM header LEFT JOIN offers ON true
  ORDER BY free_vram_gb DESC, free_cores DESC, performance_score DESC, agent_id
+"""
+
+_RULES = {**_SCOPE, **_STATE, **_NEEDS}
+RULES = tuple(_RULES)
+_JUDGED = ", ".join(
+    f"CASE WHEN NOT coalesce({rule}, false) THEN '{name}' END" for name, rule in _RULES.items()
+)
+_HAS = " ".join(f"WHEN '{name}' THEN {free}" for name, free in _FREE.items())
+
+EXPLAIN = f"""
+WITH judged AS MATERIALIZED (
+  SELECT r.agent_id, r.hostname, r.pool_name, {", ".join(_FREE.values())},
+         array_remove(ARRAY[{_JUDGED}], NULL) AS broken
+    FROM agent_registry r
+), counted AS (
+  SELECT broken[1] AS rule, count(*) AS agents, max(has) AS most,
+         (array_agg(hostname ORDER BY has DESC NULLS LAST))[1] AS hostname
+    FROM (SELECT *, CASE broken[1] {_HAS} END AS has FROM judged) j GROUP BY broken[1]
+), nearest AS (
+  SELECT * FROM judged WHERE broken <> '{{}}'
+   ORDER BY cardinality(broken), free_vram_gb DESC, free_cores DESC, agent_id LIMIT $8
+)
+SELECT statement_timestamp() AS as_of,
+       (SELECT json_agg(counted) FROM counted) AS counts,
+       (SELECT json_agg(nearest) FROM nearest) AS nearest
+"""
+
+SUMMARY = f"""
+SELECT statement_timestamp() AS as_of,
+       {_DEGRADED} OR EXISTS (SELECT FROM pool_state WHERE thawed_at IS NULL) AS degraded,
+       ARRAY(SELECT pool_name FROM pool_state WHERE thawed_at IS NULL ORDER BY pool_name)
+         AS frozen_pools,
+       (SELECT coalesce(json_object_agg(status, agents), '{{}}') FROM (
+         SELECT status, count(*) AS agents FROM agent_registry GROUP BY status) s) AS agents,
+       (SELECT count(*) FROM agent_registry r
+         WHERE r.status IN ('online', 'busy') AND NOT coalesce({_FRESH}, false)) AS silent
 """
 
 _AGENT = """
@@ -264,11 +328,17 @@ SELECT r.agent_id, r.agent_type, r.pool_name, r.capabilities, r.status, r.hostna
   FROM agent_registry r
 """
 SHOW = _AGENT + " WHERE r.agent_id = $1"
+SHOW_MANY = _AGENT + " WHERE r.agent_id = ANY($1::uuid[])"
 LIST = (
     _AGENT
     + """
  WHERE ($1::text IS NULL OR r.status = $1) AND ($2::text IS NULL OR r.pool_name = $2)
    AND ($3::text IS NULL OR r.agent_type = $3)
- ORDER BY r.pool_name, r.hostname, r.agent_id
+   AND ($4::text IS NULL OR
+        (r.pool_name, coalesce(r.hostname, ''), r.agent_id) > ($4, $5::text, $6::uuid))
+ ORDER BY r.pool_name, coalesce(r.hostname, ''), r.agent_id LIMIT $7
 """
 )
+
+# Each change makes a new version of a row, by another transaction.
+VERSIONS = "SELECT agent_id, xmin::text AS version FROM agent_registry"

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from chiffon.agent import BaseAgent
-from chiffon.errors import BusRefused, Unroutable
+from chiffon.errors import BusRefused, NotTaken, Unroutable
 from chiffon.identity import Identity
 from chiffon.messages import ResourceMetrics
 from chiffon.probes.nvidia import NvidiaProbe
@@ -192,6 +192,26 @@ async def test_an_unroutable_heartbeat_is_told_and_does_not_cost_the_connection(
 
             assert (await Inbox(queue).body())["status"] == "online"
             assert "lost the broker" not in caplog.text
+
+
+async def test_a_heartbeat_that_a_queue_did_not_take_is_not_sent_again_at_once(
+    broker: str, inbox: Inbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def told() -> bool:
+        return "heartbeats are lost" in caplog.text
+
+    async with (
+        plain.full_queue(broker, "chiffon.heartbeats", "#"),
+        BaseAgent(broker, interval_seconds=600.0) as agent,
+    ):
+        await until(told, "a warning")
+        with pytest.raises(NotTaken):
+            await agent.send_heartbeat()
+
+        assert [(await inbox.body())["sequence"] for _ in range(2)] == [1, 2]
+        assert "lost the broker" not in caplog.text
+
+    assert (await inbox.body())["status"] == "offline"
 
 
 async def test_a_broker_that_refuses_from_the_start_ends_an_agent_that_asked_for_that(

@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 
@@ -270,30 +270,20 @@ async def test_a_question_that_is_open_when_the_line_is_cut_is_asked_again(
     assert answer.agents == []
 
 
-@asynccontextmanager
-async def a_queue_that_takes_nothing(broker: str) -> AsyncIterator[None]:
-    """Bind a full queue for questions: the broker nacks each, as for one on a node that is down."""
-    async with plain.channel(broker) as channel:
-        full = await channel.declare_queue(
-            "full", exclusive=True, arguments={"x-max-length": 0, "x-overflow": "reject-publish"}
-        )
-        with pytest.raises(aio_pika.exceptions.DeliveryError, match="Nack"):
-            await channel.default_exchange.publish(aio_pika.Message(b""), "full")
-        await full.bind("chiffon.rpc", "capacity")
-        yield
-
-
 async def test_a_question_that_one_of_two_queues_takes_is_answered(
     planner: PlannerClient, serving: str
 ) -> None:
-    async with a_queue_that_takes_nothing(serving):
+    async with plain.full_queue(serving, "chiffon.rpc", "capacity"):
         assert (await planner.find(timeout=20)).agents == []
 
 
 async def test_a_question_that_no_queue_takes_is_asked_again(
     broker: str, amqp_url: str, database_url: str
 ) -> None:
-    async with a_queue_that_takes_nothing(broker), PlannerClient.open(broker) as planner:
+    async with (
+        plain.full_queue(broker, "chiffon.rpc", "capacity"),
+        PlannerClient.open(broker) as planner,
+    ):
         with pytest.raises(CapacityTimeout):
             await planner.find(timeout=1.5)
         asking = asyncio.create_task(planner.find(timeout=30))

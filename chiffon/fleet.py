@@ -1,0 +1,109 @@
+"""The fleet as it is shown to people and programs: by the CLI, over HTTP, on the page."""
+
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from pydantic import BaseModel, Field
+
+from chiffon.messages import AgentStatus
+from chiffon.registry import AgentRow, FleetSummary
+
+_OF_THE_ROW = (
+    "agent_id",
+    "agent_type",
+    "pool_name",
+    "capabilities",
+    "status",
+    "hostname",
+    "agent_version",
+    "incarnation",
+    "sequence",
+    "sent_at",
+    "interval_seconds",
+    "lease_seconds",
+    "drained",
+    "last_heartbeat_at",
+    "performance_score",
+    "status_reason",
+    "status_changed_at",
+    "lower_incarnations",
+    "lower_incarnation_at",
+    "clock_skew_seconds",
+    "queue_delay_seconds",
+)
+
+
+class Agent(BaseModel):
+    """One agent, with all that the registry knows of it. Ages are on the database's clock."""
+
+    agent_id: UUID
+    agent_type: str
+    pool_name: str
+    capabilities: list[str]
+    status: AgentStatus
+    hostname: str | None
+    agent_version: str | None
+    incarnation: int = Field(description="The agent's start, in unix milliseconds.")
+    sequence: int = Field(description="Counts its heartbeats from 1 within an incarnation.")
+    sent_at: datetime | None = Field(description="The agent's clock; only shown.")
+    interval_seconds: float
+    lease_seconds: float = Field(description="For how long a heartbeat counts.")
+    drained: bool
+    last_heartbeat_at: datetime | None = Field(description="When it was received.")
+    performance_score: float
+    status_reason: str | None = Field(description="Why it is offline.")
+    status_changed_at: datetime | None
+    lower_incarnations: int = Field(
+        description="Heartbeats of an earlier start, which changed nothing: many are a cloned disk."
+    )
+    lower_incarnation_at: datetime | None
+    clock_skew_seconds: float | None = Field(
+        description="By how much the agent's clock is ahead, less the time on the way."
+    )
+    queue_delay_seconds: float | None = Field(description="The time on the way, for all agents.")
+    heartbeat_age_seconds: float | None
+    is_silent: bool = Field(description="Its lease is over; it is not offered.")
+    resources: Any = Field(description="What its probes read, in the words of the heartbeat.")
+
+    @classmethod
+    def of(cls, row: AgentRow) -> "Agent":
+        """Return a row of the registry as it is shown."""
+        return cls(
+            **{name: getattr(row, name) for name in _OF_THE_ROW},
+            heartbeat_age_seconds=row.age_seconds,
+            is_silent=row.age_seconds is None or row.age_seconds > row.lease_seconds,
+            resources=row.resource_metrics,
+        )
+
+
+class AgentPage(BaseModel):
+    """Some agents, by pool and host; ``next`` asks for those that follow, ``null`` at the end."""
+
+    agents: list[Agent]
+    next: str | None
+
+
+class Fleet(BaseModel):
+    """The fleet in numbers. ``silent`` agents are counted with their status as well."""
+
+    as_of: datetime
+    degraded: bool = Field(description="We do not trust our own view now.")
+    frozen_pools: list[str] = Field(description="Most of each fell silent at once.")
+    online: int
+    busy: int
+    offline: int
+    silent: int = Field(description="Online or busy, and their lease is over.")
+
+    @classmethod
+    def of(cls, summary: FleetSummary) -> "Fleet":
+        """Return the registry's numbers as they are shown."""
+        return cls(
+            as_of=summary.as_of,
+            degraded=summary.degraded,
+            frozen_pools=summary.frozen_pools,
+            online=summary.agents.get("online", 0),
+            busy=summary.agents.get("busy", 0),
+            offline=summary.agents.get("offline", 0),
+            silent=summary.silent,
+        )
