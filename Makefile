@@ -7,7 +7,7 @@ WORKERS ?= 2
 STAMP := $(VENV)/.set-up
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up test test-unit test-faults lint format lock definitions clean
+.PHONY: help setup up test test-unit test-faults lint format lock definitions openapi clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ format: $(STAMP) ## Mend what can be mended by itself
 
 definitions: $(STAMP) ## Write deploy/rabbitmq/definitions.json from the topology
 	@$(BIN)/python deploy/rabbitmq/write_definitions.py
+
+openapi: $(STAMP) ## Write docs/openapi.json from the gateway
+	@$(BIN)/chiffon schema openapi > docs/openapi.json
 
 lock: ## Pin the newest packages that pyproject.toml allows (needs uv)
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

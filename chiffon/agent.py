@@ -9,20 +9,28 @@ and when the line is back a fresh one goes out at once.
 
 import asyncio
 import logging
+import math
 import random
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AsyncExitStack, closing
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, Protocol, Self
 
 from chiffon import __version__, liveness
 from chiffon.bus import Publisher, publish_heartbeat
-from chiffon.errors import BusUnavailable, ChiffonError, NotTaken, Unroutable, exit_code
+from chiffon.errors import (
+    BusUnavailable,
+    ChiffonError,
+    NotTaken,
+    TopologyMissing,
+    Unroutable,
+    exit_code,
+)
 from chiffon.identity import Identity, claim, fresh, peek
 from chiffon.link import Link
 from chiffon.logs import configure
@@ -106,11 +114,13 @@ class BaseAgent:
         self._link = Link(
             url,
             name=str(self.identity.agent_id),
-            prepare=_await_heartbeats_exchange,
+            prepare=self._await_exchange,
             redial_cap_seconds=liveness.redial_cap(lease),
             stop_if_refused=stop_if_refused,
         )
         self._publisher = Publisher(self._link)
+        self._is_exchange_known = False
+        self._confirmed, self._confirmed_at = 0, -math.inf
         self._warned_lost = -WARN_LOST_SECONDS
         self._stack = AsyncExitStack()
         self._task: asyncio.Task[None]
@@ -151,6 +161,26 @@ class BaseAgent:
     def capabilities(self, capabilities: Iterable[str]) -> None:
         before, self._capabilities = self._capabilities, list(capabilities)
         self._refuse_or_send(lambda: setattr(self, "_capabilities", before))
+
+    @property
+    def link(self) -> Link:
+        """The connection to the broker."""
+        return self._link
+
+    @property
+    def lease_seconds(self) -> float:
+        """For how long one of its heartbeats counts."""
+        return liveness.lease(self._interval)
+
+    @property
+    def heartbeats_confirmed(self) -> int:
+        """How many heartbeats the broker has confirmed."""
+        return self._confirmed
+
+    @property
+    def confirmed_seconds_ago(self) -> float:
+        """Seconds since the last confirmed heartbeat; infinite before the first."""
+        return time.monotonic() - self._confirmed_at
 
     async def wait(self) -> None:
         """Wait for as long as heartbeats are sent.
@@ -213,8 +243,14 @@ class BaseAgent:
 
     async def _publish(self, update: StatusUpdate) -> None:
         self._sequence = update.sequence
-        await publish_heartbeat(self._publisher, update)
+        try:
+            await publish_heartbeat(self._publisher, update)
+        except TopologyMissing:
+            self._is_exchange_known = False
+            raise
+        self._is_exchange_known = True
         self._link.works()
+        self._confirmed, self._confirmed_at = self._confirmed + 1, time.monotonic()
 
     async def _beat(self) -> None:
         while True:
@@ -248,6 +284,11 @@ class BaseAgent:
             self._warned_lost = now
             log.warning("heartbeats are lost: %s; see `chiffon bus check`", error)
 
+    async def _await_exchange(self, session: Session) -> None:
+        # Not where heartbeats went before: a fleet that dials all at once has no time for it.
+        if not self._is_exchange_known:
+            await await_exchange(session, HEARTBEATS)
+
     async def _farewell(self) -> None:
         """Say that we stop; the broker has 3 s to confirm it."""
         self._status = "offline"
@@ -255,10 +296,6 @@ class BaseAgent:
             await self._publish(self.compose(None))
         except BusUnavailable as error:
             log.warning("no farewell: %s", error)
-
-
-async def _await_heartbeats_exchange(session: Session) -> None:
-    await await_exchange(session, HEARTBEATS)
 
 
 async def run(settings: Settings) -> None:
@@ -273,7 +310,7 @@ async def run(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     with claim(settings.state_folder) as who, closing(await _reader(settings)) as reader:
-        async with _agent(settings, who, reader) as agent:
+        async with _agent(settings, who, reader) as agent, _exposing(settings, agent):
             log.info(
                 "agent %s on %s, broker %s",
                 who.agent_id,
@@ -288,6 +325,21 @@ async def run(settings: Settings) -> None:
                 await beating
             beating.cancel()
     log.info("agent %s stopped", who.agent_id)
+
+
+@asynccontextmanager
+async def _exposing(settings: Settings, agent: BaseAgent) -> AsyncIterator[None]:
+    """Serve metrics and health, where the settings name a port for them."""
+    if settings.metrics_port is None:
+        yield
+        return
+    # Only here: most agents expose nothing, and shall not load it.
+    from chiffon.agent_metrics import pages
+    from chiffon.exposition import exposing
+
+    async with exposing(settings.metrics_host, settings.metrics_port, pages(agent)) as port:
+        log.info("metrics and health on %s:%d", settings.metrics_host, port)
+        yield
 
 
 @dataclass(frozen=True)

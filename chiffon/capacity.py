@@ -178,6 +178,11 @@ class OrchestratorService:
         query = CapacityQuery(
             min_gpu_vram_gb=min_gpu_vram_gb, min_cpu_cores=min_cpu_cores, **filters
         )
+        offers = await self.available(query)
+        return [offer.model_dump(mode="json") for offer in offers.agents]
+
+    async def available(self, query: CapacityQuery) -> CapacityOffers:
+        """Return what ``find`` does, and log how many there were."""
         offers = await self.find(query)
         log.info(
             "Found %d agents with capacity (min_gpu=%sGB, min_cpu=%d)",
@@ -185,7 +190,7 @@ class OrchestratorService:
             query.min_gpu_vram_gb,
             query.min_cpu_cores,
         )
-        return [offer.model_dump(mode="json") for offer in offers.agents]
+        return offers
 
 
 def _cursor(last: Agent) -> str:

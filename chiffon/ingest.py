@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from uuid import UUID
 
 from aiormq.abc import DeliveredMessage
+from prometheus_client import Counter, Histogram
 
 from chiffon import liveness
 from chiffon.bus import acknowledge, reject
@@ -23,6 +24,7 @@ from chiffon.encoding import Refusal, decode_heartbeats, encode
 from chiffon.errors import BadMessage, BusUnavailable, RegistryUnavailable, RowRefused
 from chiffon.events import Events
 from chiffon.messages import CANARY, STATUS_UPDATE, StatusUpdate
+from chiffon.metrics import SECONDS
 from chiffon.registry import Receipt, Recorded, Registry, Stale
 from chiffon.session import Channel, Session, translated
 from chiffon.topology import HELD_HEADER, INGEST
@@ -34,6 +36,38 @@ LONGEST_HELD_SECONDS = 30 * 86_400.0
 FIRST_PAUSE_SECONDS = 0.05
 LONGEST_PAUSE_SECONDS = 2.0
 """Between two tries to commit while the database is away."""
+
+
+# Each heartbeat that is received ends as one of the other four. One that is delivered again, as it
+# was not acknowledged, is received again.
+RECEIVED = Counter("chiffon_heartbeats_received", "Heartbeats taken from the queue.")
+RECORDED = Counter("chiffon_heartbeats_recorded", "Heartbeats that are in the registry.")
+SUPERSEDED = Counter(
+    "chiffon_heartbeats_superseded", "Heartbeats passed over for a newer one of the same batch."
+)
+STALE = Counter(
+    "chiffon_heartbeats_stale",
+    "Heartbeats that changed nothing: older than the row, or held here for longer than a lease.",
+)
+DEAD_LETTERED = Counter(
+    "chiffon_heartbeats_dead_lettered",
+    "Heartbeats set aside; a body that nobody can read counts as one.",
+)
+BATCH = Histogram(
+    "chiffon_ingest_batch_heartbeats",
+    "Heartbeats in one commit.",
+    buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000),
+)
+COMMIT = Histogram(
+    "chiffon_ingest_commit_seconds",
+    "From the first try to commit a batch to the commit that holds it.",
+    buckets=SECONDS,
+)
+PATH = Histogram(
+    "chiffon_ingest_path_seconds",
+    "From the publishing of this process's own canaries to their commit, on one clock.",
+    buckets=SECONDS,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +83,13 @@ class _Reading:
     """A batch, read: what is to be recorded, and what is to be set aside."""
 
     newest: dict[UUID, tuple[StatusUpdate, _Delivery]] = field(default_factory=dict)
+    heartbeats: int = 0
     canary: _Delivery | None = None
     refused: dict[int, tuple[DeliveredMessage, list[Refusal]]] = field(default_factory=dict)
     """By delivery tag: what of a message is to be set aside."""
 
     def add(self, update: StatusUpdate, delivery: _Delivery) -> None:
+        self.heartbeats += 1
         kept = self.newest.get(update.agent_id)
         if kept is None or kept[0].order < update.order:
             self.newest[update.agent_id] = (update, delivery)
@@ -61,6 +97,13 @@ class _Reading:
     def refuse(self, message: DeliveredMessage, refusals: Iterable[Refusal]) -> None:
         _, known = self.refused.setdefault(message.delivery_tag or 0, (message, []))
         known.extend(refusals)
+
+    def count(self) -> None:
+        """Count what was received, and what needs no database."""
+        refused = sum(len(refusals) for _, refusals in self.refused.values())
+        RECEIVED.inc(self.heartbeats + refused)
+        DEAD_LETTERED.inc(refused)
+        SUPERSEDED.inc(self.heartbeats - len(self.newest))
 
     def receipts(self) -> list[Receipt]:
         """Return what is to be recorded, in the order of the agents' ids."""
@@ -226,6 +269,7 @@ class Ingest:
 
     async def _take(self, batch: Sequence[_Delivery]) -> None:
         reading = _read(batch)
+        reading.count()
         await self._commit(reading)
         rejected = await self._set_aside(reading)
         # The broker closes the channel at an acknowledgement of what was rejected already.
@@ -237,13 +281,15 @@ class Ingest:
         """Record a batch, trying again for as long as the database is away."""
         pause, began = FIRST_PAUSE_SECONDS, time.monotonic()
         trouble: str | None = None
+        is_recorded = False
         while True:
             try:
-                await self._record(reading)
+                if not is_recorded:
+                    await self._record(reading)
+                    is_recorded = True
+                    COMMIT.observe(time.monotonic() - began)
                 if reading.canary is not None:
-                    await self._registry.mark_path_fresh(
-                        reading.canary.received, self._delay(reading.canary)
-                    )
+                    await self._mark_path_fresh(reading.canary)
             except RegistryUnavailable as error:
                 if trouble != str(error):
                     trouble = str(error)
@@ -260,30 +306,41 @@ class Ingest:
     async def _record(self, reading: _Reading) -> None:
         receipts = reading.receipts()
         try:
-            await self._report(await self._registry.record(receipts))
+            await self._report(await self._registry.record(receipts), len(receipts))
         except RowRefused:
             for receipt in receipts:
                 await self._record_alone(receipt, reading)
 
     async def _record_alone(self, receipt: Receipt, reading: _Reading) -> None:
         try:
-            await self._report(await self._registry.record([receipt]))
+            await self._report(await self._registry.record([receipt]), 1)
         except RowRefused as error:
+            DEAD_LETTERED.inc()
             update, delivery = reading.newest.pop(receipt.update.agent_id)
             refusal = Refusal(encode(update), f"the database refused it: {error}")
             reading.refuse(delivery.message, [refusal])
 
-    def _delay(self, canary: _Delivery) -> float | None:
-        """Return how long one of our own canaries was on its way; ``None`` for another's."""
+    async def _mark_path_fresh(self, canary: _Delivery) -> None:
+        published = self._published(canary)
+        delay = None if published is None else max(canary.received - published, 0.0)
+        await self._registry.mark_path_fresh(canary.received, delay)
+        if published is not None:
+            PATH.observe(max(time.monotonic() - published, 0.0))
+
+    def _published(self, canary: _Delivery) -> float | None:
+        """Return when one of our own canaries was published; ``None`` for another's."""
         if canary.message.routing_key != self._canary_key:
             return None
         try:
-            published = float(json.loads(canary.message.body)["published"])
+            return float(json.loads(canary.message.body)["published"])
         except (ValueError, KeyError, TypeError):
             return None
-        return max(canary.received - published, 0.0)
 
-    async def _report(self, recorded: Recorded) -> None:
+    async def _report(self, recorded: Recorded, count: int) -> None:
+        STALE.inc(len(recorded.stale))
+        RECORDED.inc(count - len(recorded.stale))
+        if count:
+            BATCH.observe(count)
         self._events.transitions(recorded.transitions)
         lower = [
             one

@@ -44,6 +44,7 @@ class Link:
         stop_if_refused: bool = False,
     ) -> None:
         self.trouble = "not connected yet"
+        self.connections_made = 0
         self._urls = hosts(url)
         self._name = name
         self._prepare = prepare
@@ -117,6 +118,7 @@ class Link:
         if not session.lost.done():
             session.on_lost = self._renew
             self._ready.set_result(session)
+            self.connections_made += 1
             log.info("connected to the broker at %s (%s)", session.where, self._name)
         self.trouble = await asyncio.shield(session.lost)
         log.warning("lost the broker at %s: %s", session.where, self.trouble)

@@ -17,7 +17,8 @@ OUTAGE_FEWEST = 2
 """More than this share of a pool, and more than so many, silent at once are one outage."""
 
 OUTAGE_OVER_SHARE = 0.25
-"""The outage is over when less than this share is still silent."""
+"""The outage is over when less than this share is still silent. After an absence of broker,
+database or ourselves, a pool of which more has not been heard since is in one."""
 
 OUTAGE_HOLD_SECONDS = 600.0
 """For so long nobody of such a pool is marked; after that one agent a second."""

@@ -1,6 +1,7 @@
 """The database's structure and its versions; the steps are in the folder ``migrations``."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from io import StringIO
 from pathlib import Path
 
@@ -34,6 +35,15 @@ async def require_head(registry: Registry) -> None:
             f"the database is at revision {revision or 'none'} and chiffon needs {known[0]}; "
             "run `chiffon db upgrade`"
         )
+
+
+def checks(registry: Registry) -> dict[str, Callable[[], Awaitable[None]]]:
+    """Return the checks of ``health`` that tell whether the database can be used."""
+
+    async def answers() -> None:
+        await registry.revision()
+
+    return {"database": answers, "migrations": lambda: require_head(registry)}
 
 
 async def upgrade(url: str, revision: str = "head") -> None:

@@ -8,16 +8,18 @@ connection that publishes, acknowledgements included; answers have one of their 
 import asyncio
 import logging
 import signal
-from collections.abc import Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 from uuid import uuid4
 
-from chiffon import migrations
+from chiffon import fleet_metrics, health, metrics, migrations
 from chiffon.capacity import OrchestratorService
 from chiffon.closings import Closings
 from chiffon.dead_letters import DeadLetters
+from chiffon.errors import BusUnavailable
 from chiffon.events import Events
+from chiffon.exposition import Page, exposing
 from chiffon.ingest import Ingest
 from chiffon.link import Link
 from chiffon.provisioning import ensure
@@ -90,7 +92,16 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
             await responder.attach(session)
             await ingest.attach(session)
 
-        await stack.enter_async_context(Link(amqp_url, name=f"{name} consumes", prepare=consume))
+        consuming = await stack.enter_async_context(
+            Link(amqp_url, name=f"{name} consumes", prepare=consume)
+        )
+        if settings.metrics_port is not None:
+            links = {"consume": consuming, "publish": outgoing, "answer": answers}
+            pages = _pages(registry, ingest, links)
+            port = await stack.enter_async_context(
+                exposing(settings.metrics_host, settings.metrics_port, pages)
+            )
+            log.info("metrics and health on %s:%d", settings.metrics_host, port)
         broker, database = describe(settings.amqp_url), describe(settings.database_url)
         log.info("orchestrator %s: broker %s, database %s", orchestrator_id, broker, database)
         closings = Closings(amqp_url, f"{name} watches connections")
@@ -112,6 +123,30 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
         }
         await _run_parts(ingest, responder, others, stopped)
     log.info("orchestrator %s stopped", orchestrator_id)
+
+
+def _pages(
+    registry: Registry, ingest: Ingest, links: Mapping[str, Link]
+) -> dict[str, Callable[[bool], Awaitable[Page]]]:
+    async def consumes() -> None:
+        if not ingest.is_attached:
+            raise BusUnavailable("heartbeats are not consumed")
+
+    checks = {
+        "broker": health.connected(links["publish"]),
+        "consumer": consumes,
+        **migrations.checks(registry),
+    }
+
+    async def exposed(_: bool) -> Page:
+        body = await metrics.page(metrics.connections(links), fleet_metrics.fleet(registry))
+        return Page(body, content_type=metrics.CONTENT_TYPE)
+
+    return {
+        "/livez": health.livez,
+        "/readyz": lambda verbose: health.readyz(checks, verbose),
+        "/metrics": exposed,
+    }
 
 
 async def _run_parts(

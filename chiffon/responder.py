@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from aiormq.abc import DeliveredMessage
+from prometheus_client import Counter, Histogram
 from pydantic import BaseModel
 
 from chiffon.bus import Properties, Publisher, acknowledge
@@ -40,6 +41,7 @@ from chiffon.messages import (
     ErrorCode,
     ErrorReply,
 )
+from chiffon.metrics import SECONDS
 from chiffon.provisioning import bind, declare_queue
 from chiffon.session import Channel, Session, translated
 from chiffon.topology import (
@@ -55,6 +57,19 @@ from chiffon.topology import (
 )
 
 log = logging.getLogger(__name__)
+
+QUESTIONS = Counter(
+    "chiffon_questions",
+    "Capacity questions by their type and what came of them: answered, the code of a refusal, "
+    "dead_lettered, or dropped as their planner had stopped waiting.",
+    ["type", "outcome"],
+)
+ANSWERED_IN = Histogram(
+    "chiffon_question_seconds",
+    "From a question's arrival here to its answer being sent.",
+    ["type"],
+    buckets=SECONDS,
+)
 
 AT_ONCE = 64
 """Questions in work at a time; the others wait in the queue, where other responders see them."""
@@ -182,10 +197,13 @@ class Responder:
             await self._set_aside(message, str(error))
             return
         patience = _patience_seconds(message)
+        asked = _type(message)
         if time.monotonic() - received > patience:
+            QUESTIONS.labels(asked, "dropped").inc()
             return  # it waited here for too long: whoever asked has stopped waiting
-        kind, body = await self._reply(message)
+        kind, outcome, body = await self._reply(message)
         if time.monotonic() - received > patience:
+            QUESTIONS.labels(asked, "dropped").inc()
             log.info("dropped an answer: its planner stopped waiting after %g s", patience)
             return
         try:
@@ -202,17 +220,22 @@ class Responder:
                 mandatory=False,
             )
             self._answers.works()
+            QUESTIONS.labels(asked, outcome).inc()
+            ANSWERED_IN.labels(asked).observe(time.monotonic() - received)
         except BusUnavailable as error:
+            QUESTIONS.labels(asked, "dropped").inc()
             log.warning("dropped an answer: %s", error)
 
     async def _set_aside(self, message: DeliveredMessage, reason: str) -> None:
+        QUESTIONS.labels(_type(message), "dead_lettered").inc()
         log.warning("set aside a capacity question: %s", reason)
         try:
             await self._dead_letters.set_aside(message, Refusal(message.body, reason))
         except BusUnavailable as error:
             log.warning("the dead letter was not confirmed: %s", error)
 
-    async def _reply(self, message: DeliveredMessage) -> tuple[str, bytes]:
+    async def _reply(self, message: DeliveredMessage) -> tuple[str, str, bytes]:
+        """Return the type of the reply, what came of the question, and the body."""
         kind, reply = await self._ask_or_refuse(message)
         body = encode(reply)
         if len(body) > MAX_REPLY_BYTES:
@@ -220,7 +243,7 @@ class Responder:
                 "invalid_request", "the answer is too large: ask for a lower limit"
             )
             body = encode(reply)
-        return kind, body
+        return kind, reply.code if isinstance(reply, ErrorReply) else "answered", body
 
     async def _ask_or_refuse(self, message: DeliveredMessage) -> tuple[str, BaseModel]:
         try:
@@ -252,6 +275,11 @@ class Responder:
 
 def _error(code: ErrorCode, message: object, **details: str) -> tuple[str, ErrorReply]:
     return ERROR, ErrorReply(code=code, message=str(message), details=details)
+
+
+def _type(message: DeliveredMessage) -> str:
+    kind = message.header.properties.message_type
+    return kind if kind in (CAPACITY_FIND, CAPACITY_SHOW) else "other"
 
 
 def _patience_seconds(message: DeliveredMessage) -> float:

@@ -54,7 +54,16 @@ class Settings(BaseSettings):
         SecretStr("postgresql://chiffon:chiffon@127.0.0.1:5432/chiffon"),
         description="The registry's PostgreSQL.",
     )
-    http_url: str | None = Field(None, description="Where the gateway is.")
+    http_url: str | None = Field(None, description="Where the gateway is, for those who look.")
+    http_host: str = Field("127.0.0.1", description="Where the gateway listens.")
+    http_port: int = Field(8440, ge=0, le=65_535)
+    http_fd: int | None = Field(
+        None, ge=3, description="A socket that listens already, inherited from who starts us."
+    )
+    http_allowed_hosts: Words = Field(
+        default_factory=list,
+        description="Host names that requests may be for; on a loopback address its own names.",
+    )
     management_url: SecretStr | None = Field(
         None, description="Where RabbitMQ's management UI is, with user and password."
     )
@@ -87,6 +96,13 @@ class Settings(BaseSettings):
     reply_forms: Words = Field(
         default_factory=lambda: list(REPLY_FORMS),
         description="Which forms of reply_to the responder writes to.",
+    )
+    metrics_host: str = Field("127.0.0.1", description="Where agent and orchestrator listen.")
+    metrics_port: int | None = Field(
+        None, ge=0, le=65_535, description="For metrics and health of agent and orchestrator."
+    )
+    metrics_agent_limit: int = Field(
+        2_000, ge=0, le=100_000, description="Agents with series of their own, at the gateway."
     )
     rpc_timeout_seconds: float = Field(5.0, gt=0, le=3_600, allow_inf_nan=False)
 

@@ -10,7 +10,18 @@ from typing import Annotated
 import typer
 
 from chiffon import __version__
-from chiffon.cli import agent, bus, capacity, db, fleet, orchestrator, schema, simulate, up
+from chiffon.cli import (
+    agent,
+    bus,
+    capacity,
+    db,
+    fleet,
+    gateway,
+    orchestrator,
+    schema,
+    simulate,
+    up,
+)
 
 app = typer.Typer(
     name="chiffon",
@@ -24,6 +35,7 @@ app.command("up")(up.up)
 app.command("simulate")(simulate.simulate)
 app.add_typer(agent.app, name="agent")
 app.add_typer(orchestrator.app, name="orchestrator")
+app.add_typer(gateway.app, name="gateway")
 app.add_typer(fleet.app, name="fleet")
 app.add_typer(capacity.app, name="capacity")
 app.add_typer(db.app, name="db")

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID
@@ -12,6 +13,7 @@ import typer
 from chiffon.cli.output import (
     Format,
     FormatOption,
+    age,
     emit,
     note,
     print_plain,
@@ -23,6 +25,7 @@ from chiffon.cli.output import (
 from chiffon.cli.rows import EVENTS, FLEET
 
 if TYPE_CHECKING:
+    from chiffon.fleet import Fleet
     from chiffon.registry import Registry
 
 
@@ -119,9 +122,10 @@ def watch(
 ) -> None:
     """Show the agents and keep showing them until Ctrl-C.
 
-    On a terminal the table is redrawn. Elsewhere, and with -o jsonl, each agent is printed once
-    and again whenever it has changed. With --events it is what the orchestrators tell over AMQP:
-    agents that come, go or become busy, and why; pools of which most fell silent.
+    On a terminal the table is redrawn, below the fleet in numbers. Elsewhere, and with -o jsonl,
+    each agent is printed once and again whenever it has changed. With --events it is what the
+    orchestrators tell over AMQP: agents that come, go or become busy, and why; pools of which most
+    fell silent.
     """
     import asyncio
 
@@ -169,54 +173,111 @@ def _follow_events(output: Format | None) -> None:
         raise typer.Exit(0) from None
 
 
+@dataclass(frozen=True)
+class Look:
+    """The agents that fit the filters, and the whole fleet in numbers."""
+
+    agents: list[Data]
+    fleet: "Fleet"
+
+
 async def _looks(
     registry: "Registry", filters: tuple[str | None, str | None, str | None], interval: float
-) -> AsyncIterator[list[Data]]:
-    """Yield the fleet again and again; trouble with the database is told and waited out."""
+) -> AsyncIterator[Look | str]:
+    """Yield the fleet again and again; while the database is away, what is wrong with it."""
     import asyncio
 
+    from chiffon.capacity import OrchestratorService
     from chiffon.errors import RegistryRefused, RegistryUnavailable
 
     while True:
         try:
-            yield await _agents(registry, *filters)
+            fleet = await OrchestratorService(registry).fleet()
+            yield Look(await _agents(registry, *filters), fleet)
         except RegistryRefused:
             raise
         except RegistryUnavailable as error:
-            note(f"{error}; trying again")
+            yield str(error)
         await asyncio.sleep(interval)
 
 
-async def _redraw(looks: AsyncIterator[list[Data]]) -> None:
+async def _redraw(looks: AsyncIterator[Look | str]) -> None:
+    import time
+
+    from rich.console import Group, RenderableType
     from rich.live import Live
+    from rich.text import Text
 
+    last: Look | None = None
+    looked_at = 0.0
     with Live(auto_refresh=False, screen=True) as display:
-        async for agents in looks:
-            made = table(agents, FLEET)
-            if width_of(made) > display.console.width:
-                made = table(agents, FLEET[:-1])  # the host says more than half an id
-            display.update(made, refresh=True)
+        async for look in looks:
+            if isinstance(look, Look):
+                last, looked_at, trouble = look, time.monotonic(), ""
+            else:
+                trouble = look
+            seconds = time.monotonic() - looked_at
+            shown: list[RenderableType] = [
+                Text(headline(last.fleet, seconds, trouble) if last else trouble)
+            ]
+            if last is not None:
+                made = table(last.agents, FLEET)
+                if width_of(made) > display.console.width:
+                    made = table(last.agents, FLEET[:-1])  # the host says more than half an id
+                shown.append(made)
+            display.update(Group(*shown), refresh=True)
 
 
-def _stream(output: Format | None) -> Callable[[AsyncIterator[list[Data]]], Any]:
+def headline(fleet: "Fleet", seconds: float, trouble: str) -> str:
+    """Return the fleet in numbers, in one line.
+
+    Args:
+        fleet: The numbers.
+        seconds: How old they are.
+        trouble: Why they are no newer; empty if they are new.
+    """
+    counts = [f"{getattr(fleet, name)} {name}" for name in ("online", "busy", "offline")]
+    if fleet.silent:
+        counts.append(f"{fleet.silent} silent")
+    words = [", ".join(counts)]
+    if fleet.degraded:
+        pools = (
+            f": most of {', '.join(fleet.frozen_pools)} fell silent" if fleet.frozen_pools else ""
+        )
+        words.append(f"degraded{pools}")
+    if trouble:
+        words.append(f"{age(seconds)} old: {trouble}")
+    return "; ".join(words)
+
+
+def _stream(output: Format | None) -> Callable[[AsyncIterator[Look | str]], Any]:
     def line(agent: Data) -> None:
         if output is Format.jsonl:
             emit(json.dumps(agent))
         else:
             print_plain([[column.cell(agent) for column in FLEET]])
 
-    async def follow(looks: AsyncIterator[list[Data]]) -> None:
+    async def follow(looks: AsyncIterator[Look | str]) -> None:
         if output is not Format.jsonl:
             print_plain([[column.title for column in FLEET]])
         seen: dict[str, tuple[Any, ...]] = {}
-        async for agents in looks:
-            for agent in agents:
-                state = (agent["status"], agent["is_silent"], agent["last_heartbeat_at"])
-                if seen.get(agent["agent_id"]) != state:
-                    seen[agent["agent_id"]] = state
+        async for look in looks:
+            if isinstance(look, str):
+                note(f"{look}; trying again")
+            else:
+                for agent in _changed(look.agents, seen):
                     line(agent)
 
     return follow
+
+
+def _changed(agents: list[Data], seen: dict[str, tuple[Any, ...]]) -> Iterator[Data]:
+    """Yield the agents that are not as they were ``seen``, and note how they are."""
+    for agent in agents:
+        state = (agent["status"], agent["is_silent"], agent["last_heartbeat_at"])
+        if seen.get(agent["agent_id"]) != state:
+            seen[agent["agent_id"]] = state
+            yield agent
 
 
 def _registry() -> Any:

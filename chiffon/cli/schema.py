@@ -15,6 +15,16 @@ def _group() -> None:
 
 
 @app.command()
+def openapi() -> None:
+    """Print the OpenAPI description of the gateway."""
+    import json
+
+    from chiffon.gateway.app import openapi
+
+    emit(json.dumps(openapi(), indent=2))
+
+
+@app.command()
 def jsonschema() -> None:
     """Print the JSON Schema of every message."""
     import json

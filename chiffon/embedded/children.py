@@ -41,6 +41,7 @@ class Child:
         death_signal: signal.Signals,
         user: str | None = None,
         folder: Path | None = None,
+        files: Sequence[int] = (),
     ) -> "Child":
         """Start a process.
 
@@ -52,6 +53,7 @@ class Child:
             death_signal: What the kernel sends it if we die.
             user: Run as this user; only root may say so.
             folder: Its working folder.
+            files: Descriptors of ours that it gets, by the same numbers.
 
         Raises:
             ChildFailed: The program cannot be started.
@@ -66,6 +68,7 @@ class Child:
                     stderr=output,
                     env=environment,
                     cwd=folder,
+                    pass_fds=files,
                     start_new_session=True,
                     preexec_fn=tie_to(os.getpid(), death_signal),
                     user=owner.pw_uid if owner else None,

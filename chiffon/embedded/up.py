@@ -1,4 +1,4 @@
-"""``chiffon up``: broker, database, migrations, orchestrator and this host's agent, together.
+"""``chiffon up``: broker, database, orchestrator, gateway and this host's agent, together.
 
 It is up when a capacity answer over AMQP holds this host's own fresh heartbeat: every part has
 then done its work once. While it runs, its addresses stand in the state folder, where every
@@ -9,13 +9,16 @@ import asyncio
 import fcntl
 import os
 import signal
+import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import IO, Any, TypeVar
+from urllib.request import ProxyHandler, build_opener
 
 from chiffon import identity, migrations
 from chiffon.embedded import postgres, rabbitmq
@@ -89,10 +92,15 @@ async def _serve(
     stack.enter_context(_alone(folder))
     amqp_url, management_url, database_url, servers = await _servers(settings, stack, progress)
     await migrations.upgrade(database_url)
-    urls = {"amqp_url": amqp_url, "database_url": database_url}
+    listening = stack.enter_context(_listen(settings.http_host, settings.http_port))
+    urls = {
+        "amqp_url": amqp_url,
+        "database_url": database_url,
+        "http_url": f"http://{settings.http_host}:{listening.getsockname()[1]}",
+    }
     if management_url is not None:
         urls["management_url"] = management_url
-    processes = await stack.enter_async_context(_processes(folder, urls))
+    processes = await stack.enter_async_context(_processes(folder, urls, listening))
     stack.enter_context(_address_file(folder, urls))
     progress("waiting for this host's first heartbeat in a capacity answer")
     ready(await _while_running(servers, _proof(folder, urls, processes)))
@@ -159,6 +167,23 @@ async def _servers(
     return amqp_url, management_url, database_url, children
 
 
+def _listen(host: str, port: int) -> socket.socket:
+    """Listen for the gateway: on this port, or on any other if it is taken.
+
+    It is ours and not the gateway's, so nobody else can answer there, and requests wait while the
+    gateway is started again.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1_024)
+    except OSError:
+        pass
+    try:
+        return socket.create_server((host, 0), family=family, backlog=1_024)
+    except OSError as error:
+        raise BadConfiguration(f"{PREFIX}HTTP_HOST: {host}: {error.strerror}") from None
+
+
 @contextmanager
 def _address_file(folder: Path, urls: dict[str, str]) -> Iterator[None]:
     """Write our addresses down for other commands, for as long as we run."""
@@ -174,8 +199,11 @@ def _address_file(folder: Path, urls: dict[str, str]) -> Iterator[None]:
 class _Process:
     """One of chiffon's own processes, restarted with back-off when it ends."""
 
-    def __init__(self, name: str, folder: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, name: str, folder: Path, environment: dict[str, str], files: Sequence[int] = ()
+    ) -> None:
         self.name = name
+        self._files = files
         self._folder = folder
         self._environment = environment
         self._pause = 0.5
@@ -190,6 +218,7 @@ class _Process:
             log=self._folder / f"{self.name}.log",
             environment=self._environment,
             death_signal=signal.SIGTERM,
+            files=self._files,
         )
 
     async def keep(self, progress: Progress) -> None:
@@ -205,16 +234,22 @@ class _Process:
 
 
 @asynccontextmanager
-async def _processes(folder: Path, urls: dict[str, str]) -> AsyncIterator[list[_Process]]:
+async def _processes(
+    folder: Path, urls: dict[str, str], listening: socket.socket
+) -> AsyncIterator[list[_Process]]:
     environment = {
         **os.environ,
         **{f"{PREFIX}{name.upper()}": url for name, url in urls.items()},
         f"{PREFIX}STATE_DIR": str(folder),
+        f"{PREFIX}HTTP_FD": str(listening.fileno()),
     }
+    # One port cannot be both the agent's and the orchestrator's.
+    environment.pop(f"{PREFIX}METRICS_PORT", None)
     processes: list[_Process] = []
     try:
-        for name in ("orchestrator", "agent"):
-            process = _Process(name, folder, environment)
+        for name in ("orchestrator", "gateway", "agent"):
+            files = [listening.fileno()] if name == "gateway" else []
+            process = _Process(name, folder, environment, files)
             await process.start()
             processes.append(process)
         yield processes
@@ -236,7 +271,8 @@ async def _proof(folder: Path, urls: dict[str, str], processes: list[_Process]) 
             await _restart_or_give_up(processes)
             try:
                 offers = await planner.find(EVERYTHING, timeout=2)
-                if _has_own(offers, folder, time.monotonic() - processes[-1].started):
+                is_own = _has_own(offers, folder, time.monotonic() - processes[-1].started)
+                if is_own and await asyncio.to_thread(_is_ready, urls["http_url"]):
                     agents = await registry.list_agents()
                     return Up(agents=agents, offers=offers, urls=urls)
             except ChiffonError as error:
@@ -264,6 +300,15 @@ def _has_own(offers: CapacityOffers, folder: Path, running_seconds: float) -> bo
         offer.agent_id == own.agent_id and offer.heartbeat_age_seconds < running_seconds
         for offer in offers.agents
     )
+
+
+def _is_ready(http_url: str) -> bool:
+    try:
+        # Not by way of a proxy that the environment names.
+        with build_opener(ProxyHandler({})).open(f"{http_url}/readyz", timeout=3) as answer:
+            return bool(answer.status == HTTPStatus.OK)
+    except OSError:
+        return False
 
 
 async def _while_running(servers: list[Child], work: Coroutine[Any, Any, Result]) -> Result:

@@ -184,6 +184,7 @@ class Registry:
         When more than ``share`` of a pool, and more than two agents, fall silent within a lease,
         that is one outage: the pool's transitions are held, for ``hold_seconds`` at most, and
         then made one a second. When its agents speak again, everybody has a lease of grace.
+        So it is if a quarter of a pool has not been heard since the path came back.
 
         One statement, so any number of orchestrators may run it at once and each transition is
         returned to exactly one of them. No leader is needed.
@@ -211,6 +212,7 @@ class Registry:
             [one.is_open for one in closings],
             liveness.BURST_SHARE,
             liveness.BURST_SECONDS,
+            liveness.OUTAGE_OVER_SHARE,
         )
         return Swept(
             [

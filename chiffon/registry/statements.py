@@ -123,6 +123,8 @@ RETURNING pool_name
 # open another, else time for one more heartbeat. When many closed at about that time, those that
 # opened another since ($7) included, it was the line that broke: then the lease alone tells. So it
 # does while some agent's grace is running: those who all dial at once lose a connection or two.
+# After an absence of the path, a pool of which too many ($10) have not been heard since is still
+# in the outage: a broker that a whole fleet dials may take longer than a lease to let all in.
 MARK_SILENT = """
 WITH path AS (
   SELECT fresh_since, grace_until FROM ingest_path
@@ -152,6 +154,7 @@ WITH path AS (
          extract(epoch FROM statement_timestamp() - greatest(path.fresh_since, s.thawed_at, CASE
            WHEN r.last_heartbeat_at <= statement_timestamp() + interval '5 seconds'
            THEN r.last_heartbeat_at END)) AS silence,
+         coalesce(r.last_heartbeat_at < path.fresh_since, true) AS is_unheard,
          coalesce(c.closed_at > greatest(path.grace_until, s.thawed_at)
                   AND r.last_heartbeat_at < c.closed_at, false) AS is_closed,
          c.seconds >= CASE WHEN c.is_known THEN 1.5 ELSE r.interval_seconds * 1.25 END
@@ -165,6 +168,7 @@ WITH path AS (
          count(*) FILTER (WHERE silence > lease_seconds OR is_closed) AS silent,
          count(*) FILTER (
            WHERE silence > lease_seconds * 4 / 3 OR is_closed AND is_settled) AS due,
+         count(*) FILTER (WHERE silence > lease_seconds AND is_unheard) AS unheard,
          coalesce(bool_or(frozen_at IS NOT NULL AND thawed_at IS NULL), false) AS is_frozen,
          max(frozen_at) AS frozen_at, max(thawed_at) AS thawed_at
     FROM alive GROUP BY pool_name
@@ -178,8 +182,9 @@ WITH path AS (
 ), outage AS (
   SELECT pool_name FROM pools LEFT JOIN fallen USING (pool_name)
    WHERE due > 0 AND NOT is_frozen
-     AND silent + coalesce(marked, 0) > $2::int
-     AND silent + coalesce(marked, 0) > $1::float8 * (members + coalesce(marked, 0))
+     AND (silent + coalesce(marked, 0) > $2::int
+          AND silent + coalesce(marked, 0) > $1::float8 * (members + coalesce(marked, 0))
+          OR unheard > $2::int AND unheard > $10::float8 * members)
 ), frozen AS (
   INSERT INTO pool_state AS s (pool_name, frozen_at)
   SELECT pool_name, statement_timestamp() FROM outage ORDER BY pool_name
@@ -223,6 +228,8 @@ SELECT NULL, NULL, pool_name, NULL FROM frozen
 
 _DEGRADED = """coalesce((SELECT fresh_at <= statement_timestamp() - interval '5 seconds'
                        OR grace_until > statement_timestamp() FROM ingest_path), true)"""
+
+# Statements below are put together from constants of this file, and from nothing else.
 
 # The rules of an offer, each by its name. FIND offers who keeps all of them, EXPLAIN tells which
 # of them somebody breaks.
@@ -279,7 +286,7 @@ SELECT header.*, offers.*,
        extract(epoch FROM header.as_of - offers.last_heartbeat_at)::float8 AS age_seconds
   FROM header LEFT JOIN offers ON true
  ORDER BY free_vram_gb DESC, free_cores DESC, performance_score DESC, agent_id
-"""
+"""  # noqa: S608
 
 _RULES = {**_SCOPE, **_STATE, **_NEEDS}
 RULES = tuple(_RULES)
@@ -304,7 +311,7 @@ WITH judged AS MATERIALIZED (
 SELECT statement_timestamp() AS as_of,
        (SELECT json_agg(counted) FROM counted) AS counts,
        (SELECT json_agg(nearest) FROM nearest) AS nearest
-"""
+"""  # noqa: S608
 
 SUMMARY = f"""
 SELECT statement_timestamp() AS as_of,
@@ -315,7 +322,7 @@ SELECT statement_timestamp() AS as_of,
          SELECT status, count(*) AS agents FROM agent_registry GROUP BY status) s) AS agents,
        (SELECT count(*) FROM agent_registry r
          WHERE r.status IN ('online', 'busy') AND NOT coalesce({_FRESH}, false)) AS silent
-"""
+"""  # noqa: S608
 
 _AGENT = """
 SELECT r.agent_id, r.agent_type, r.pool_name, r.capabilities, r.status, r.hostname,

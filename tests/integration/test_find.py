@@ -176,6 +176,13 @@ def test_find_returns_what_a_brute_force_filter_returns_best_first(
                 ]
                 assert answer.total_matches == counted
                 assert answer.total_relation == ("eq" if counted == len(expected) else "gte")
+                why = runner.run(service.explain(query))
+                assert (why.agents, why.fitting) == (len(fleet), len(expected))
+                assert why.fitting + sum(one.agents for one in why.obstacles) == why.agents
+                assert {one.agent_id for one in why.nearest} == {
+                    agent.agent_id for agent in fleet if agent not in expected
+                }
+                assert all(one.reasons for one in why.nearest)
 
         try:
             compare()

@@ -123,6 +123,25 @@ async def test_those_who_were_marked_within_the_last_lease_count_too(
     assert frozen == ["desks"]
 
 
+async def test_a_pool_of_which_many_are_not_back_after_an_absence_is_still_in_the_outage(
+    registry: Registry, database: Connection
+) -> None:
+    """The grace of all is over; more than a quarter of one pool has not been heard since."""
+    desks, other = await fleet(registry, "desks", 10), await fleet(registry, "other", 10)
+    await silence(database, desks[:3] + other[:2], MARKED_AFTER + 60)
+    await database.execute(
+        "UPDATE ingest_path SET fresh_since = now() - $1 * interval '1 second'", MARKED_AFTER + 1
+    )
+
+    swept = await registry.mark_silent()
+
+    assert swept.frozen == ["desks"]
+    assert {one.agent_id for one in swept.transitions} == set(other[:2])
+    await speak(registry, desks[:1], 2, "desks")
+    back = await registry.mark_silent()
+    assert (back.thawed, back.transitions) == (["desks"], []), "a lease for those who are left"
+
+
 async def test_farewells_are_no_outage(registry: Registry, database: Connection) -> None:
     agents = await fleet(registry, "desks", 10)
     await registry.record(

@@ -5,68 +5,21 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
 
 import psutil
 import pytest
 
 from tests.fixtures.servers import Servers
+from tests.fixtures.up import Running, chiffon, state_folder
 
 
 @pytest.fixture
 def state() -> Iterator[Path]:
-    """A state folder that the database's user may enter; pytest's own is closed to it."""
-    with tempfile.TemporaryDirectory(prefix="chiffon-up-", ignore_cleanup_errors=True) as name:
-        Path(name).chmod(0o755)
-        yield Path(name)
-
-
-def chiffon(*arguments: str, state: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "chiffon", *arguments],
-        env={**os.environ, "CHIFFON_STATE_DIR": str(state), **variables},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-class Running:
-    """A ``chiffon up`` in the background."""
-
-    def __init__(self, state: Path, **variables: str) -> None:
-        self.state = state
-        self.errors = (state / "up.stderr").open("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "chiffon", "up", "-o", "json"],
-            env={**os.environ, "CHIFFON_STATE_DIR": str(state), **variables},
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-        )
-
-    def ready(self) -> dict[str, Any]:
-        """Wait for the one line, and return it."""
-        stdout: IO[str] | None = self.process.stdout
-        assert stdout is not None
-        line = stdout.readline()
-        assert line, (self.state / "up.stderr").read_text()
-        return dict(json.loads(line))
-
-    def children(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def end(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-            self.process.wait(60)
-        if self.process.stdout is not None:
-            self.process.stdout.close()
-        self.errors.close()
+    with state_folder() as folder:
+        yield folder
 
 
 def wait_until_gone(processes: list[psutil.Process], seconds: float = 30.0) -> None:

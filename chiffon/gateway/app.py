@@ -1,0 +1,149 @@
+"""The gateway's web application: its routes, and what holds for all of them."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from fastapi import FastAPI
+from prometheus_client import Counter, Gauge, Histogram
+from starlette.datastructures import MutableHeaders
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from chiffon import __version__
+from chiffon.capacity import OrchestratorService
+from chiffon.gateway import api, operations, pages, problems
+from chiffon.gateway.history import History
+from chiffon.gateway.live import Live
+from chiffon.health import Checks
+from chiffon.metrics import SECONDS, Read
+
+AT_ONCE = 64
+"""API requests in work at a time: the others are told to come back."""
+
+REQUESTS = Counter(
+    "chiffon_http_requests", "HTTP requests, by route and status.", ["route", "status"]
+)
+ANSWERED_IN = Histogram(
+    "chiffon_http_request_seconds",
+    "From an HTTP request to the head of its answer.",
+    ["route"],
+    buckets=SECONDS,
+)
+FOLLOWERS = Gauge("chiffon_page_followers", "Fleet pages that are open.")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the application is made of.
+
+    ``hosts``: names that requests may be for; empty for any.
+    """
+
+    service: OrchestratorService
+    live: Live
+    history: History
+    checks: Checks
+    reads: Sequence[Read]
+    hosts: Sequence[str] = ()
+
+
+def make(parts: Parts) -> FastAPI:
+    """Return the application."""
+    app = FastAPI(
+        title="chiffon",
+        version=__version__,
+        summary="Which of your machines can take a GPU job right now.",
+        description=_DESCRIPTION,
+        license_info={"name": "MIT", "identifier": "MIT"},
+        openapi_tags=_TAGS,
+        # Its pages load scripts from elsewhere, and ours work without internet.
+        docs_url=None,
+        redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+    )
+    problems.install(app)
+    app.include_router(api.router(parts.service, parts.history))
+    app.include_router(operations.router(parts.checks, parts.reads))
+    app.include_router(pages.router(parts.live))
+    app.add_middleware(_Manners)
+    if parts.hosts:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(parts.hosts))
+    app.openapi = lambda: _described(app)  # type: ignore[method-assign]
+    return app
+
+
+def openapi() -> dict[str, Any]:
+    """Return the OpenAPI description, without anything that would be needed to serve."""
+    nothing = Parts(cast(Any, None), cast(Any, None), History(), checks={}, reads=[])
+    return make(nothing).openapi()
+
+
+def _described(app: FastAPI) -> dict[str, Any]:
+    """Return the description without the answer that the framework would give to bad requests."""
+    if app.openapi_schema is None:
+        made = FastAPI.openapi(app)
+        for path in made["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            made["components"]["schemas"].pop(name, None)
+        app.openapi_schema = made
+    return app.openapi_schema
+
+
+class _Manners:
+    """Counts requests, refuses too many at once, and sets the headers that all answers have."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._in_work = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.monotonic()
+
+        async def send_counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                _count(scope, message["status"], began)
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
+        is_api = scope["path"].startswith("/api/")
+        if is_api and self._in_work >= AT_ONCE:
+            busy = problems.answer(
+                503, "unavailable", "too many requests at once", {"Retry-After": "1"}
+            )
+            await busy(scope, receive, send_counted)
+            return
+        self._in_work += is_api
+        try:
+            await self._app(scope, receive, send_counted)
+        except Exception:
+            _count(scope, 500, began)  # whoever answers it stands outside of us
+            raise
+        finally:
+            self._in_work -= is_api
+
+
+def _count(scope: Scope, status: int, began: float) -> None:
+    # Only routes, never paths: anybody can make those up.
+    route = getattr(scope.get("route"), "path", "none")
+    REQUESTS.labels(route, str(status)).inc()
+    ANSWERED_IN.labels(route).observe(time.monotonic() - began)
+
+
+_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+
+_DESCRIPTION = """\
+The answers that planners get over AMQP, for those who speak HTTP. Sizes are GiB (2^30 bytes);
+`null` is unknown and never written as 0. Errors are `application/problem+json`.
+"""
+_TAGS = [
+    {"name": "agents", "description": "Capacity: what a planner asks."},
+    {"name": "fleet", "description": "All agents, for people and their tools."},
+    {"name": "operations", "description": "Health and metrics."},
+]

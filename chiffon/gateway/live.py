@@ -1,0 +1,199 @@
+"""The fleet as it changes, for those who watch the page.
+
+One look at the registry serves all who follow: which rows are new versions, which are gone. Only
+those are read and sent on. Followers that are too slow are let go; their browser comes back and
+starts from the whole fleet again.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+from uuid import UUID
+
+from chiffon.errors import RegistryUnavailable
+from chiffon.fleet import Fleet
+from chiffon.gateway.history import History
+from chiffon.registry import AgentRow, Registry
+
+log = logging.getLogger(__name__)
+
+FOLLOWED_SECONDS = 1.0
+"""Between two looks while somebody follows."""
+
+ALONE_SECONDS = 5.0
+"""Between two looks while nobody does, for the history."""
+
+MOST_WAITING = 30
+"""Messages for one follower, who is let go if there are more."""
+
+CHUNK_AGENTS = 200
+
+
+class Live:
+    """Looks at the registry again and again, and tells followers what changed.
+
+    Args:
+        registry: Where the fleet is.
+        history: Told of every row that is read.
+    """
+
+    def __init__(self, registry: Registry, history: History) -> None:
+        self._registry = registry
+        self._history = history
+        self._versions: dict[UUID, str] = {}
+        self._rows: dict[UUID, dict[str, Any]] = {}
+        self._summary: dict[str, Any] | None = None
+        self._trouble: str | None = "the registry has not been read yet"
+        self._followers: set[asyncio.Queue[bytes | None]] = set()
+        self._followed = asyncio.Event()
+        self._is_closed = False
+
+    @property
+    def followers(self) -> int:
+        """How many follow now."""
+        return len(self._followers)
+
+    async def run(self) -> None:
+        """Look until cancelled; a database that is away is told to followers and waited for."""
+        while True:
+            began = time.monotonic()
+            try:
+                await self._look()
+                self._trouble = None
+            except RegistryUnavailable as error:
+                if self._trouble != str(error):
+                    log.warning("the page shows old data: %s", error)
+                self._trouble = str(error)
+                self._tell(_event("trouble", self._trouble))
+            await self._pause(time.monotonic() - began)
+
+    def close(self) -> None:
+        """Let all followers go, as the gateway stops."""
+        self._is_closed = True
+        for queue in self._followers:
+            _end(queue)
+
+    async def follow(self) -> AsyncIterator[bytes]:
+        """Yield server-sent events: the whole fleet, and then what changes, until let go."""
+        queue: asyncio.Queue[bytes | None] = asyncio.Queue(MOST_WAITING)
+        first = list(self._whole())
+        self._followers.add(queue)
+        self._followed.set()
+        try:
+            for message in first:
+                yield message
+            while not self._is_closed and (news := await queue.get()) is not None:
+                yield news
+        finally:
+            self._followers.discard(queue)
+
+    async def _pause(self, took_seconds: float) -> None:
+        # A look that took long is followed by a pause that is no shorter.
+        if self._followers:
+            await asyncio.sleep(max(FOLLOWED_SECONDS - took_seconds, took_seconds, 0.1))
+            return
+        self._followed.clear()
+        try:
+            async with asyncio.timeout(max(ALONE_SECONDS, took_seconds)):
+                await self._followed.wait()
+        except TimeoutError:
+            pass
+
+    async def _look(self) -> None:
+        versions = await self._registry.versions()
+        gone = [agent_id for agent_id in self._versions if agent_id not in versions]
+        changed = [
+            agent_id
+            for agent_id, version in versions.items()
+            if self._versions.get(agent_id) != version
+        ]
+        rows = await self._registry.show_many(changed) if changed else []
+        summary = Fleet.of(await self._registry.summary()).model_dump(mode="json")
+        self._history.forget(gone)
+        self._history.note(rows)
+        for agent_id in gone:
+            self._rows.pop(agent_id, None)
+        read = time.monotonic()
+        fresh = {row.agent_id: _compact(row, read) for row in rows}
+        self._rows.update(fresh)
+        self._versions, self._summary = versions, summary
+        if self._followers:
+            self._tell(_event("fleet", summary))
+            for message in _chunks(fresh.values(), read):
+                self._tell(message)
+            if gone:
+                self._tell(_event("gone", [str(agent_id) for agent_id in gone]))
+
+    def _whole(self) -> Iterable[bytes]:
+        yield _event("restart", None)
+        if self._summary is not None:
+            yield _event("fleet", self._summary)
+            yield from _chunks(self._rows.values(), time.monotonic())
+        if self._trouble is not None:
+            yield _event("trouble", self._trouble)
+
+    def _tell(self, message: bytes) -> None:
+        for queue in self._followers:
+            try:
+                queue.put_nowait(message)
+            except asyncio.QueueFull:
+                log.info("a page that is too slow is let go")
+                _end(queue)
+
+
+def _end(queue: "asyncio.Queue[bytes | None]") -> None:
+    while not queue.empty():
+        queue.get_nowait()
+    queue.put_nowait(None)
+
+
+def _compact(row: AgentRow, read: float) -> dict[str, Any]:
+    metrics = row.resource_metrics if isinstance(row.resource_metrics, dict) else {}
+    gpus = metrics.get("gpus")
+    return {
+        "id": str(row.agent_id),
+        "host": row.hostname,
+        "pool": row.pool_name,
+        "type": row.agent_type,
+        "status": row.status,
+        "reason": row.status_reason,
+        "drained": row.drained,
+        "lease": row.lease_seconds,
+        "heard": None if row.age_seconds is None else read - row.age_seconds,
+        "gpus": sorted({str(gpu.get("name") or "?") for gpu in gpus if isinstance(gpu, dict)})
+        if isinstance(gpus, list)
+        else [],
+        **{short: metrics.get(name) for short, name in _SHOWN.items()},
+    }
+
+
+_SHOWN = {
+    "cpu": "cpu_percent",
+    "cores": "cpu_cores_available",
+    "cores_physical": "cpu_cores_physical",
+    "memory": "memory_available_gb",
+    "memory_used": "memory_percent",
+    "vram": "gpu_vram_available_gb",
+    "vram_total": "gpu_vram_total_gb",
+    "gpu": "gpu_type",
+    "problems": "probe_errors",
+}
+
+
+def _chunks(rows: Iterable[dict[str, Any]], now: float) -> Iterable[bytes]:
+    """Return rows as messages; instead of when an agent was heard of, how long ago that is."""
+    aged = [
+        {**row, "age": None if row["heard"] is None else max(now - row["heard"], 0.0)}
+        for row in rows
+    ]
+    for row in aged:
+        del row["heard"]
+    for start in range(0, len(aged), CHUNK_AGENTS):
+        yield _event("agents", aged[start : start + CHUNK_AGENTS])
+
+
+def _event(name: str, data: Any) -> bytes:
+    return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n".encode()

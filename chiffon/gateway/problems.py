@@ -1,0 +1,159 @@
+"""Errors as HTTP answers: what happened, in one body for all of them (RFC 9457).
+
+The one table that maps chiffon's exceptions to statuses. An answer never holds a stack trace, nor
+what was asked.
+"""
+
+import logging
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from chiffon.errors import AgentNotFoundError, BadMessage, RegistryUnavailable
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_SECONDS = 2
+
+
+class Problem(BaseModel):
+    """What went wrong. ``code`` is for programs, ``detail`` for people."""
+
+    title: str
+    status: int
+    detail: str
+    code: str
+
+
+class ProblemError(Exception):
+    """Raised by a route to answer with a problem.
+
+    Args:
+        status: Of the answer.
+        code: One of the contract's codes.
+        detail: One line for people.
+        headers: More of them.
+    """
+
+    def __init__(
+        self, status: int, code: str, detail: str, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(detail)
+        self.status, self.code, self.detail, self.headers = status, code, detail, headers
+
+
+def answer(
+    status: int, code: str, detail: str, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    """Return the answer that tells of a problem."""
+    problem = Problem(
+        title=HTTPStatus(status).phrase, status=status, detail=detail, code=code
+    ).model_dump()
+    return JSONResponse(problem, status, headers, media_type="application/problem+json")
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI entries of the problems that a route may answer with."""
+    return {
+        status: {
+            "model": Problem,
+            "description": _EXAMPLES[status]["detail"],
+            "content": {
+                "application/problem+json": {
+                    "schema": {"$ref": "#/components/schemas/Problem"},
+                    "example": {
+                        "title": HTTPStatus(status).phrase,
+                        "status": status,
+                        **_EXAMPLES[status],
+                    },
+                }
+            },
+            **(
+                {
+                    "headers": {
+                        "Retry-After": {
+                            "description": "Seconds to wait before another try.",
+                            "schema": {"type": "integer"},
+                        }
+                    }
+                }
+                if status == HTTPStatus.SERVICE_UNAVAILABLE
+                else {}
+            ),
+        }
+        for status in statuses
+    }
+
+
+_EXAMPLES: dict[int, dict[str, str]] = {
+    400: {"detail": "Invalid agent_id format (must be UUID)", "code": "invalid_request"},
+    404: {
+        "detail": "agent 3f1c0a52-1c1b-4a0e-9d5c-2f7a5d1e8b90 is not in the registry",
+        "code": "agent_not_found",
+    },
+    500: {"detail": "Failed to fetch agent capacity", "code": "internal"},
+    503: {"detail": "the database did not answer within 5 s", "code": "unavailable"},
+}
+
+
+def install(app: FastAPI) -> None:
+    """Have every failure of a route answered with a problem."""
+    app.add_exception_handler(ProblemError, _of_route)
+    app.add_exception_handler(AgentNotFoundError, _of_unknown_agent)
+    app.add_exception_handler(BadMessage, _of_bad_request)
+    app.add_exception_handler(RegistryUnavailable, _of_registry)
+    app.add_exception_handler(RequestValidationError, _of_validation)
+    app.add_exception_handler(HTTPException, _of_http)
+    app.add_exception_handler(Exception, _of_bug)
+
+
+def _of_route(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ProblemError)
+    return answer(error.status, error.code, error.detail, error.headers)
+
+
+def _of_unknown_agent(_: Request, error: Exception) -> JSONResponse:
+    return answer(404, "agent_not_found", str(error))
+
+
+def _of_bad_request(_: Request, error: Exception) -> JSONResponse:
+    return answer(400, "invalid_request", str(error))
+
+
+def _of_registry(_: Request, error: Exception) -> JSONResponse:
+    log.warning("cannot answer: %s", error)
+    return answer(503, "unavailable", str(error), {"Retry-After": str(RETRY_AFTER_SECONDS)})
+
+
+def _of_validation(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = ".".join(str(word) for word in first["loc"][1:])
+    if place == "agent_id" and first["loc"][0] == "path":
+        return answer(400, "invalid_request", "Invalid agent_id format (must be UUID)")
+    problem = "unknown parameter" if first["type"] == "extra_forbidden" else first["msg"]
+    return answer(400, "invalid_request", f"{place[:64]}: {problem}")
+
+
+def _of_http(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    code = "unsupported_type" if error.status_code == 405 else "invalid_request"
+    headers = dict(error.headers) if error.headers else None
+    return answer(error.status_code, code, str(error.detail), headers)
+
+
+_FAILED = {
+    "agent_capacity": "Failed to fetch agent capacity",
+    "available_capacity": "Failed to fetch available capacity",
+}
+
+
+def _of_bug(request: Request, _: Exception) -> JSONResponse:
+    # Starlette raises it again after this answer, and the server logs it with its traceback.
+    route = getattr(request.scope.get("route"), "name", "")
+    return answer(500, "internal", _FAILED.get(route, "the gateway failed; see its log"))

@@ -1,0 +1,162 @@
+// One agent: its GPUs, its last heartbeat, and its recent history.
+
+import { age, bar, element, gigabytes, isNumber, number, percent } from "./format.js";
+import { ageOf, problemsOf, stateOf } from "./fleet.js";
+
+const SVG = "http://www.w3.org/2000/svg";
+
+export class Detail {
+  #dialog;
+  #fleet;
+  #id = null;
+  #asked = 0;
+
+  constructor(dialog, fleet, onClose) {
+    this.#dialog = dialog;
+    this.#fleet = fleet;
+    dialog.addEventListener("close", () => {
+      this.#id = null;
+      onClose();
+    });
+    dialog.addEventListener("click", (event) => {
+      if (event.target === dialog) dialog.close();
+    });
+  }
+
+  async show(id) {
+    if (id === this.#id) return;
+    this.#id = id;
+    if (!id) {
+      this.#dialog.close();
+      return;
+    }
+    if (!this.#dialog.open) {
+      this.#fill(element("p", {}, "reading…"));
+      this.#dialog.showModal();
+    }
+    await this.#read();
+  }
+
+  // Called with the ids of agents that changed.
+  async changed(ids) {
+    if (this.#id && (ids === null || ids.has(this.#id))) await this.#read();
+  }
+
+  async #read() {
+    const id = this.#id;
+    const asked = ++this.#asked;
+    try {
+      const path = `/api/v1/agents/${encodeURIComponent(id)}`;
+      const [agent, history] = await Promise.all([fetch(path), fetch(`${path}/history`)]);
+      const [body, past] = [await agent.json(), await history.json()];
+      if (this.#id !== id || this.#asked !== asked) return; // another was opened meanwhile
+      if (agent.ok) this.#render(body, past.readings ?? []);
+      else this.#fill(element("p", {}, body.detail));
+    } catch (error) {
+      if (this.#id === id) this.#fill(element("p", {}, `not read: ${error.message}`));
+    }
+  }
+
+  #fill(...children) {
+    const close = element("button", { type: "button", className: "close" }, "Close");
+    close.addEventListener("click", () => this.#dialog.close());
+    const known = this.#fleet.agents.get(this.#id);
+    const title = element("h2", { id: "detail-title" }, known?.host ?? this.#id ?? "");
+    const open = new Set([...this.#dialog.querySelectorAll("details[open]")].map((one) => one.className));
+    const place = this.#dialog.scrollTop;
+    const hadFocus = document.activeElement?.className;
+    this.#dialog.replaceChildren(element("div", { className: "title" }, title, close), ...children);
+    for (const one of this.#dialog.querySelectorAll("details")) one.open = open.has(one.className);
+    this.#dialog.scrollTop = place;
+    if (hadFocus === "close") close.focus();
+  }
+
+  #render(agent, readings) {
+    const known = this.#fleet.agents.get(agent.agent_id);
+    const state = known ? stateOf(known) : { mark: "", text: agent.status };
+    const reason = agent.status === "offline" && agent.status_reason ? `: ${agent.status_reason}` : "";
+    const resources = agent.resources && typeof agent.resources === "object" ? agent.resources : {};
+    const facts = [
+      ["Status", `${state.mark} ${state.text}${reason}`],
+      ["Heard", `${age(known ? ageOf(known) : agent.heartbeat_age_seconds)} ago; every ${agent.interval_seconds} s, lease ${agent.lease_seconds} s`],
+      ["Agent", agent.agent_id],
+      ["Pool, type", `${agent.pool_name}, ${agent.agent_type}`],
+      ["Capabilities", agent.capabilities.join(", ") || "none"],
+      ["Version", agent.agent_version ?? "?"],
+      ["Its clock", isNumber(agent.clock_skew_seconds) ? `${agent.clock_skew_seconds.toFixed(2)} s ahead of the database's` : "?"],
+      ["CPU", `${percent(resources.cpu_percent)} busy, load ${number(resources.cpu_load_1min, 2)}, ${number(resources.cpu_cores_available)} of ${number(resources.cpu_cores_physical)} cores free`],
+      ["Memory", `${gigabytes(resources.memory_available_gb)} free, ${percent(resources.memory_percent)} used`],
+    ];
+    if (agent.lower_incarnations > 0) {
+      facts.push(["Id in use twice?", `${agent.lower_incarnations} heartbeats of an earlier start: a cloned disk, or a clock set back`]);
+    }
+    const list = element("dl", {});
+    for (const [name, value] of facts) list.append(element("dt", {}, name), element("dd", {}, value));
+    const problems = known ? problemsOf(known) : [];
+    this.#fill(
+      list,
+      problems.length ? element("ul", { className: "problems" }, ...problems.map((one) => element("li", {}, one))) : null,
+      ...this.#gpus(resources),
+      ...this.#history(readings),
+      element("details", { className: "body" }, element("summary", {}, "Last heartbeat"), element("pre", { tabIndex: 0 }, JSON.stringify(agent, null, 2))),
+    );
+  }
+
+  #gpus(resources) {
+    const gpus = Array.isArray(resources.gpus) ? resources.gpus : [];
+    if (!gpus.length) return [];
+    const rows = gpus.map((gpu) => {
+      const share = isNumber(gpu.vram_available_gb) && gpu.vram_total_gb > 0 ? gpu.vram_available_gb / gpu.vram_total_gb : null;
+      return element(
+        "li", {},
+        `${gpu.index}: ${gpu.name ?? "?"} — ${number(gpu.vram_available_gb, 1)} of ${gigabytes(gpu.vram_total_gb)} free, ${percent(gpu.utilization_percent)} busy${gpu.is_unified ? ", the host's memory" : ""}`,
+        bar(share),
+      );
+    });
+    return [element("h3", {}, "GPUs"), element("ul", { className: "gpus" }, ...rows)];
+  }
+
+  #history(readings) {
+    const title = element("h3", {}, "Recently");
+    if (readings.length < 2) return [title, element("p", {}, "nothing yet: kept since this gateway started")];
+    const seconds = (new Date(readings.at(-1).at) - new Date(readings[0].at)) / 1000;
+    const lines = [
+      ["CPU busy", "cpu_percent", (value) => `${value.toFixed(0)} %`],
+      ["Free cores", "cpu_cores_available", (value) => value.toFixed(0)],
+      ["Free memory", "memory_available_gb", gigabytes],
+      ["Free VRAM", "gpu_vram_available_gb", gigabytes],
+    ].map(([name, key, write]) => {
+      const values = readings.map((one) => one[key]);
+      const known = values.filter(isNumber);
+      if (!known.length) return null;
+      const [least, most] = [Math.min(...known), Math.max(...known)];
+      const text = `${name}: ${write(least)} to ${write(most)}, now ${isNumber(values.at(-1)) ? write(values.at(-1)) : "?"}`;
+      return element("figure", {}, element("figcaption", {}, text), sparkline(values, least, most));
+    });
+    return [title, ...lines, element("p", { className: "small" }, `${readings.length} heartbeats over ${age(seconds)}, from this gateway's memory`)];
+  }
+}
+
+function sparkline(values, least, most) {
+  const made = document.createElementNS(SVG, "svg");
+  made.setAttribute("viewBox", "0 0 100 24");
+  made.setAttribute("preserveAspectRatio", "none");
+  made.setAttribute("aria-hidden", "true");
+  const height = most - least || 1;
+  let run = [];
+  const draw = () => {
+    if (run.length) {
+      const line = document.createElementNS(SVG, "polyline");
+      line.setAttribute("points", run.join(" "));
+      made.append(line);
+    }
+    run = [];
+  };
+  values.forEach((value, place) => {
+    // What is unknown is a gap, not a line from one known value to the next.
+    if (!isNumber(value)) draw();
+    else run.push(`${((place / (values.length - 1)) * 100).toFixed(2)},${(22 - ((value - least) / height) * 20).toFixed(2)}`);
+  });
+  draw();
+  return made;
+}

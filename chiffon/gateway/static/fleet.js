@@ -1,0 +1,101 @@
+// The fleet as this page knows it, kept fresh by the gateway's stream.
+
+export class Fleet {
+  agents = new Map();
+  summary = null;
+  trouble = null;
+  isLive = false;
+  heardAt = null;
+  #listeners = [];
+  #changed = new Set();
+  #isScheduled = false;
+
+  // Calls `listener` with the ids of the agents that changed (null: all), once a frame at most.
+  onChange(listener) {
+    this.#listeners.push(listener);
+  }
+
+  follow(url) {
+    const stream = new EventSource(url);
+    const on = (name, take) =>
+      stream.addEventListener(name, (event) => {
+        this.isLive = true;
+        take(JSON.parse(event.data));
+        this.#schedule();
+      });
+    on("restart", () => {
+      this.agents.clear();
+      this.#changed = null;
+    });
+    on("fleet", (summary) => {
+      this.summary = summary;
+      this.trouble = null;
+      this.heardAt = performance.now();
+    });
+    on("agents", (agents) => {
+      const now = performance.now();
+      for (const agent of agents) {
+        // Ages are counted from here on: this machine's clock is not asked what time it is.
+        agent.heardAt = agent.age === null ? null : now - agent.age * 1000;
+        this.agents.set(agent.id, agent);
+        this.#changed?.add(agent.id);
+      }
+    });
+    on("gone", (ids) => {
+      for (const id of ids) this.agents.delete(id);
+      this.#changed = null;
+    });
+    on("trouble", (trouble) => {
+      this.trouble = trouble;
+    });
+    stream.onerror = () => {
+      this.isLive = false;
+      this.#schedule();
+      // The browser dials again by itself, unless it was refused.
+      if (stream.readyState === EventSource.CLOSED) {
+        setTimeout(() => this.follow(url), 2000 + Math.random() * 2000);
+      }
+    };
+  }
+
+  // Seconds since the gateway last read the registry.
+  get age() {
+    return this.heardAt === null ? null : (performance.now() - this.heardAt) / 1000;
+  }
+
+  #schedule() {
+    if (this.#isScheduled) return;
+    this.#isScheduled = true;
+    // A page in the background gets no frames, and shall not gather changes without end.
+    const wait = document.hidden ? (call) => setTimeout(call, 1000) : requestAnimationFrame;
+    wait(() => {
+      this.#isScheduled = false;
+      const changed = this.#changed;
+      this.#changed = new Set();
+      for (const listener of this.#listeners) listener(changed);
+    });
+  }
+}
+
+export const ageOf = (agent) =>
+  agent.heardAt === null ? null : (performance.now() - agent.heardAt) / 1000;
+
+export const isSilent = (agent) => {
+  const age = ageOf(agent);
+  return agent.status !== "offline" && (age === null || age > agent.lease);
+};
+
+// A mark and a word for each state: never a colour alone.
+export function stateOf(agent) {
+  if (agent.status === "offline") return { name: "offline", mark: "○", text: "offline" };
+  if (isSilent(agent)) return { name: "silent", mark: "△", text: `${agent.status}, silent` };
+  if (agent.drained) return { name: "drained", mark: "▽", text: `${agent.status}, drained` };
+  if (agent.status === "busy") return { name: "busy", mark: "◐", text: "busy" };
+  return { name: "online", mark: "●", text: "online" };
+}
+
+export function problemsOf(agent) {
+  const problems = Array.isArray(agent.problems) ? agent.problems.map(String) : [];
+  const isReported = agent.gpu !== undefined && agent.gpu !== null;
+  return problems.length || isReported ? problems : ["reports no metrics, or none of its GPU"];
+}
