@@ -4,6 +4,7 @@ The rules themselves are the SQL of ``registry.statements``: what offers an agen
 it is not offered are the same conditions.
 """
 
+import math
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -130,7 +131,10 @@ def _reason(query: CapacityQuery, rule: str, found: Mapping[str, Any]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.1f}".removesuffix(".0")
+    if value is None:
+        return "unknown"
+    # Never rounded up: 39.9996 is too little where 40 is asked for, and must not read as 40.
+    return f"{math.floor(value * 1_000) / 1_000:.3f}".rstrip("0").rstrip(".")
 
 
 def _counted(agents: int) -> str:
