@@ -173,7 +173,6 @@ def _compact(row: AgentRow, read: float) -> dict[str, Any]:
 _SHOWN = {
     "cpu": "cpu_percent",
     "cores": "cpu_cores_available",
-    "cores_physical": "cpu_cores_physical",
     "memory": "memory_available_gb",
     "memory_used": "memory_percent",
     "vram": "gpu_vram_available_gb",

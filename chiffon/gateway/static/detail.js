@@ -65,7 +65,7 @@ export class Detail {
     const open = new Set([...this.#dialog.querySelectorAll("details[open]")].map((one) => one.className));
     const place = this.#dialog.scrollTop;
     const hadFocus = document.activeElement?.className;
-    this.#dialog.replaceChildren(element("div", { className: "title" }, title, close), ...children);
+    this.#dialog.replaceChildren(element("div", { className: "title" }, title, close), ...children.filter(Boolean));
     for (const one of this.#dialog.querySelectorAll("details")) one.open = open.has(one.className);
     this.#dialog.scrollTop = place;
     if (hadFocus === "close") close.focus();
@@ -83,8 +83,8 @@ export class Detail {
       ["Pool, type", `${agent.pool_name}, ${agent.agent_type}`],
       ["Capabilities", agent.capabilities.join(", ") || "none"],
       ["Version", agent.agent_version ?? "?"],
-      ["Its clock", isNumber(agent.clock_skew_seconds) ? `${agent.clock_skew_seconds.toFixed(2)} s ahead of the database's` : "?"],
-      ["CPU", `${percent(resources.cpu_percent)} busy, load ${number(resources.cpu_load_1min, 2)}, ${number(resources.cpu_cores_available)} of ${number(resources.cpu_cores_physical)} cores free`],
+      ["Its clock", skew(agent.clock_skew_seconds)],
+      ["CPU", `${percent(resources.cpu_percent)} busy, load ${number(resources.cpu_load_1min, 2)}, ${number(resources.cpu_cores_available)} cores free (${number(resources.cpu_cores_physical)} physical)`],
       ["Memory", `${gigabytes(resources.memory_available_gb)} free, ${percent(resources.memory_percent)} used`],
     ];
     if (agent.lower_incarnations > 0) {
@@ -135,6 +135,11 @@ export class Detail {
     });
     return [title, ...lines, element("p", { className: "small" }, `${readings.length} heartbeats over ${age(seconds)}, from this gateway's memory`)];
   }
+}
+
+function skew(seconds) {
+  if (!isNumber(seconds)) return "?";
+  return `${Math.abs(seconds).toFixed(2)} s ${seconds < 0 ? "behind" : "ahead of"} the database's`;
 }
 
 function sparkline(values, least, most) {

@@ -36,6 +36,7 @@ export function bar(share) {
 }
 
 export function setBar(made, share) {
+  made.hidden = share === undefined;
   made.classList.toggle("unknown", !isNumber(share));
   const width = isNumber(share) ? Math.min(Math.max(share, 0), 1) : 0;
   made.firstChild.style.width = `${(width * 100).toFixed(1)}%`;
