@@ -39,15 +39,15 @@ def samples(text: str) -> dict[str, float]:
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
-def content(text: str) -> None:
-    """Ask Prometheus's own tool, where there is one."""
-    promtool = shutil.which("promtool")
-    if promtool is None:
+def promtool(*arguments: str, given: str = "") -> str:
+    """Ask Prometheus's own tool, where there is one; returns its complaints."""
+    program = shutil.which("promtool")
+    if program is None:
         pytest.skip("there is no promtool: it is in Debian's package prometheus")
-    checked = subprocess.run(
-        [promtool, "check", "metrics"], input=text, capture_output=True, text=True, timeout=60
+    done = subprocess.run(
+        [program, *arguments], input=given, capture_output=True, text=True, timeout=60
     )
-    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+    return "" if done.returncode == 0 else f"{done.returncode} {done.stdout}{done.stderr}"
 
 
 class Scrapes:
@@ -78,9 +78,9 @@ async def test_an_orchestrator_tells_what_became_of_every_heartbeat(
         await scrapes.begin()
         one = update(sequence=2)
         key = f"heartbeat.default.desktop.{one.agent_id}"
-        for body in (one, one, one.model_copy(update={"sequence": 1})):
-            text = body.model_dump_json().encode()
-            await plain.publish(channel, "chiffon.heartbeats", key, text, "status_update.v1")
+        for sent in (one, one, one.model_copy(update={"sequence": 1})):
+            body = sent.model_dump_json().encode()
+            await plain.publish(channel, "chiffon.heartbeats", key, body, "status_update.v1")
         await plain.publish(channel, "chiffon.heartbeats", key, b"{", "status_update.v1")
 
         async def is_counted() -> bool:
@@ -107,7 +107,7 @@ async def test_an_orchestrator_tells_what_became_of_every_heartbeat(
         assert samples(text)['chiffon_agents{status="online"}'] == 1
         assert 'chiffon_connections_made_total{use="consume"} 1.0' in text
         assert str(one.agent_id) not in text, "series of agents are the gateway's"
-        content(text)
+        assert promtool("check", "metrics", given=text) == ""
 
 
 async def test_an_orchestrator_is_ready_while_it_consumes(broker: str, database_url: str) -> None:
@@ -132,17 +132,18 @@ async def test_an_orchestrator_is_ready_while_it_consumes(broker: str, database_
         )
 
 
+def start_agent(**variables: str) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "chiffon.agent"],
+        env={**os.environ, **variables},
+        stderr=subprocess.DEVNULL,
+    )
+
+
 async def test_an_agent_tells_of_its_heartbeats(broker: str, tmp_path: Path) -> None:
     port = free_port()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "chiffon.agent"],
-        env={
-            **os.environ,
-            "CHIFFON_AMQP_URL": broker,
-            "CHIFFON_STATE_DIR": str(tmp_path),
-            "CHIFFON_METRICS_PORT": str(port),
-        },
-        stderr=subprocess.DEVNULL,
+    process = start_agent(
+        CHIFFON_AMQP_URL=broker, CHIFFON_STATE_DIR=str(tmp_path), CHIFFON_METRICS_PORT=str(port)
     )
     try:
         async with client(port) as http:
@@ -161,7 +162,7 @@ async def test_an_agent_tells_of_its_heartbeats(broker: str, tmp_path: Path) -> 
             ]
             text = (await http.get("/metrics")).text
             assert samples(text)["chiffon_agent_heartbeats_confirmed_total"] >= 1
-            content(text)
+            assert promtool("check", "metrics", given=text) == ""
     finally:
         process.send_signal(signal.SIGTERM)
         assert await asyncio.to_thread(process.wait, 30) == 0
@@ -174,13 +175,10 @@ async def test_prometheus_is_content_with_the_gateway_and_the_rules(
     async with serving(broker, database_url) as http:
         await http.get("/api/v1/agents")
         text = (await http.get("/metrics")).text
-    content(text)
+    assert promtool("check", "metrics", given=text) == ""
 
     rules = PROJECT / "deploy/prometheus/chiffon.rules.yml"
-    checked = subprocess.run(
-        ["promtool", "check", "rules", str(rules)], capture_output=True, text=True, timeout=60
-    )
-    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert promtool("check", "rules", str(rules)) == ""
 
 
 async def test_every_metric_that_the_rules_name_is_there(broker: str, database_url: str) -> None:

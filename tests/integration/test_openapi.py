@@ -70,9 +70,9 @@ async def test_no_request_at_all_makes_the_gateway_fail(
     agent_id = update().agent_id
     await registry.record([Receipt(update(agent_id), asyncio.get_running_loop().time())])
     await database.execute(
-        "INSERT INTO agent_registry (agent_id, agent_type, pool_name, status, resource_metrics)"
-        """ VALUES (gen_random_uuid(), 'toaster', 'a b', 'online', '{"gpus": 3, "cpu_percent": []}'),
-                   (gen_random_uuid(), 'code', 'lab', 'busy', '7')"""
+        """INSERT INTO agent_registry (agent_id, agent_type, pool_name, status, resource_metrics)
+           VALUES (gen_random_uuid(), 'toaster', 'a b', 'online', '{"gpus": 3, "cpu_percent": {}}'),
+                  (gen_random_uuid(), 'code', 'lab', 'busy', '7')"""
     )
     async with serving(broker, database_url) as http:
         done = await asyncio.to_thread(
