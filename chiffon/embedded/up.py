@@ -96,7 +96,7 @@ async def _serve(
     urls = {
         "amqp_url": amqp_url,
         "database_url": database_url,
-        "http_url": f"http://{settings.http_host}:{listening.getsockname()[1]}",
+        "http_url": _http_url(settings.http_host, listening),
     }
     if management_url is not None:
         urls["management_url"] = management_url
@@ -194,6 +194,10 @@ def _address_file(folder: Path, urls: dict[str, str]) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
+
+
+def _http_url(host: str, listening: socket.socket) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
 
 
 class _Process:

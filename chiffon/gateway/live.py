@@ -6,12 +6,13 @@ starts from the whole fleet again.
 """
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 from uuid import UUID
+
+from pydantic_core import to_json
 
 from chiffon.errors import RegistryUnavailable
 from chiffon.fleet import Fleet
@@ -67,6 +68,10 @@ class Live:
                 if self._trouble != str(error):
                     log.warning("the page shows old data: %s", error)
                 self._trouble = str(error)
+                self._tell(_event("trouble", self._trouble))
+            except Exception:
+                log.exception("looking at the registry failed in an unforeseen way")
+                self._trouble = "the gateway failed; see its log"
                 self._tell(_event("trouble", self._trouble))
             await self._pause(time.monotonic() - began)
 
@@ -151,8 +156,9 @@ def _end(queue: "asyncio.Queue[bytes | None]") -> None:
 
 
 def _compact(row: AgentRow, read: float) -> dict[str, Any]:
+    # Others may have written the row: only what is of the contract's types goes on.
     metrics = row.resource_metrics if isinstance(row.resource_metrics, dict) else {}
-    gpus = metrics.get("gpus")
+    gpu_type = metrics.get("gpu_type")
     return {
         "id": str(row.agent_id),
         "host": row.hostname,
@@ -163,22 +169,30 @@ def _compact(row: AgentRow, read: float) -> dict[str, Any]:
         "drained": row.drained,
         "lease": row.lease_seconds,
         "heard": None if row.age_seconds is None else read - row.age_seconds,
-        "gpus": sorted({str(gpu.get("name") or "?") for gpu in gpus if isinstance(gpu, dict)})
-        if isinstance(gpus, list)
-        else [],
-        **{short: metrics.get(name) for short, name in _SHOWN.items()},
+        "gpu": gpu_type if isinstance(gpu_type, str) else None,
+        "gpus": sorted({str(gpu.get("name") or "?") for gpu in _listed(metrics, "gpus", dict)}),
+        "problems": _listed(metrics, "probe_errors", str),
+        **{short: _number(metrics.get(name)) for short, name in _NUMBERS.items()},
     }
 
 
-_SHOWN = {
+def _listed(metrics: dict[str, Any], name: str, kind: type[Any]) -> list[Any]:
+    values = metrics.get(name)
+    return [one for one in values if isinstance(one, kind)] if isinstance(values, list) else []
+
+
+def _number(value: Any) -> float | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number else None
+
+
+_NUMBERS = {
     "cpu": "cpu_percent",
     "cores": "cpu_cores_available",
     "memory": "memory_available_gb",
     "memory_used": "memory_percent",
     "vram": "gpu_vram_available_gb",
     "vram_total": "gpu_vram_total_gb",
-    "gpu": "gpu_type",
-    "problems": "probe_errors",
 }
 
 
@@ -195,4 +209,5 @@ def _chunks(rows: Iterable[dict[str, Any]], now: float) -> Iterable[bytes]:
 
 
 def _event(name: str, data: Any) -> bytes:
-    return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n".encode()
+    # Whatever a row holds, a number that JSON does not have must not end everybody's page.
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), to_json(data, inf_nan_mode="null"))

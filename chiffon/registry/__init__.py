@@ -396,7 +396,10 @@ def _transition(update: StatusUpdate) -> Transition:
 
 def _agent(row: asyncpg.Record) -> AgentRow:
     fields = dict(row)
-    fields["capabilities"] = json.loads(fields["capabilities"])
+    words = json.loads(fields["capabilities"])  # others may have written it
+    fields["capabilities"] = (
+        [word for word in words if isinstance(word, str)] if isinstance(words, list) else []
+    )
     fields["resource_metrics"] = json.loads(fields["resource_metrics"])
     if fields["age_seconds"] is not None:
         fields["age_seconds"] = max(fields["age_seconds"], 0.0)

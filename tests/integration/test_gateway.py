@@ -408,6 +408,29 @@ async def test_a_stream_ends_with_the_gateway(broker: str, database_url: str) ->
     await context.__aexit__(None, None, None)
 
 
+async def test_rows_that_others_wrote_break_nobodys_page(
+    http: httpx.AsyncClient, registry: Registry, database: Database
+) -> None:
+    good = await record(registry, hostname="good")
+    await database.execute(
+        """INSERT INTO agent_registry (agent_id, agent_type, pool_name, status, capabilities,
+               resource_metrics, last_heartbeat_at)
+           VALUES (gen_random_uuid(), 'x', '', 'online', '{"a": 1}', '{"cpu_percent": 1e400,
+               "gpus": [7, {"name": 3}], "probe_errors": "x", "gpu_type": []}', now()),
+                  (gen_random_uuid(), 'x', '', 'online', '[1, "gpu"]', '[]', now())"""
+    )
+
+    listed = await http.get("/api/v1/agents")
+    assert listed.status_code == 200
+    assert len(listed.json()["agents"]) == 3
+    async with http.stream("GET", "/stream") as answer:
+        agents = await Stream(answer).next("agents")
+    assert len(agents) == 3
+    assert [one["host"] for one in agents if one["id"] == str(good)] == ["good"]
+    assert (await http.get("/metrics")).status_code == 200
+    assert (await http.get("/api/v1/capacity")).status_code == 200
+
+
 # --- When things are away ---------------------------------------------------------------------
 
 
@@ -492,6 +515,10 @@ async def test_a_broker_that_is_away_makes_it_not_ready_and_answers_all_the_same
         assert "secret" not in ready.text
         assert (await http.get("/readyz")).text == "not ready: broker\n"
         assert (await http.get(AVAILABLE)).status_code == 200
+
+
+async def test_health_is_told_to_who_asks_for_the_head_alone(http: httpx.AsyncClient) -> None:
+    assert (await http.head("/livez")).status_code == 200
 
 
 async def test_all_well_is_ready(http: httpx.AsyncClient) -> None:

@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -81,9 +83,14 @@ def test_up_uses_given_servers_restarts_what_ends_and_ends_in_order(
     servers: Servers, amqp_url: str, database_url: str, state: Path
 ) -> None:
     given = {"CHIFFON_AMQP_URL": amqp_url, "CHIFFON_DATABASE_URL": database_url}
-    running = Running(state, **given)
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = str(taken.getsockname()[1])
+    running = Running(state, **given, CHIFFON_HTTP_PORT=port)
     try:
         made = running.ready()
+        assert not made["urls"]["http"].endswith(f":{port}")
+        answer = httpx.get(f"{made['urls']['http']}/api/v1/agents", trust_env=False)
+        assert len(answer.json()["agents"]) == 1
         own = made["agents"][0]["agent_id"]
         children = running.children()
         assert not [child for child in children if "postgres" in child.name()]
@@ -101,6 +108,7 @@ def test_up_uses_given_servers_restarts_what_ends_and_ends_in_order(
         wait_until_gone(children)
     finally:
         running.end()
+        taken.close()
 
     assert "restarting" in (state / "up.stderr").read_text()
     listed = chiffon("fleet", "show", own, "-o", "json", state=state, **given)
