@@ -47,7 +47,7 @@ WATCH = """(seconds) => new Promise((done) => {
 def watch(page: Page, url: str, rows: int) -> dict[str, Any]:
     """Return what the browser saw of a view, once it shows that many agents."""
     page.goto(url)
-    page.wait_for_function(f"document.querySelectorAll('#agents tbody tr').length >= {rows}")
+    page.locator("#agents tbody tr").nth(rows - 1).wait_for(state="attached")
     time.sleep(2)
     return dict(page.evaluate(WATCH, WATCH_SECONDS))
 
