@@ -28,7 +28,7 @@ from chiffon.messages import (
     CapacityQuery,
     Offer,
 )
-from chiffon.registry import AgentRow, Registry
+from chiffon.registry import AgentRow, Registry, document
 
 log = logging.getLogger(__name__)
 
@@ -202,6 +202,7 @@ def _place(cursor: str) -> tuple[str, str, UUID]:
     try:
         pool_name, hostname, agent_id = json.loads(urlsafe_b64decode(cursor.encode()))
         place = (str(pool_name), str(hostname), UUID(agent_id))
+        "".join(place[:2]).encode()
     except (ValueError, TypeError, AttributeError):
         raise BadMessage("after: not the `next` of a page") from None
     if any("\0" in word for word in place[:2]):  # no text of PostgreSQL has one
@@ -230,7 +231,7 @@ def describe(row: AgentRow) -> AgentCapacity:
 
 
 def _offer(row: asyncpg.Record) -> Offer | None:
-    written = json.loads(row["resource_metrics"])
+    written = document(row["resource_metrics"])
     metrics = _scalars(written)
     received: datetime = row["last_heartbeat_at"]
     try:

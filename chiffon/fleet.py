@@ -72,7 +72,7 @@ class Agent(BaseModel):
         return cls(
             **{name: getattr(row, name) for name in _OF_THE_ROW},
             heartbeat_age_seconds=row.age_seconds,
-            is_silent=row.age_seconds is None or row.age_seconds > row.lease_seconds,
+            is_silent=row.is_silent,
             resources=row.resource_metrics,
         )
 

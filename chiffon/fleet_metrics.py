@@ -94,8 +94,7 @@ def _of_agents(rows: Iterable[AgentRow]) -> Iterator[Metric]:
                 "gpu_type": capacity.gpu_type or "",
             },
         )
-        is_heard = row.age_seconds is not None and row.age_seconds <= row.lease_seconds
-        is_up.add_metric(label, is_heard and row.status != "offline")
+        is_up.add_metric(label, not row.is_silent and row.status != "offline")
         if row.last_heartbeat_at is not None:
             heard.add_metric(label, row.last_heartbeat_at.timestamp())
         if row.resource_metrics != {}:

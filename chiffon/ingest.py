@@ -39,7 +39,8 @@ LONGEST_PAUSE_SECONDS = 2.0
 
 
 # Each heartbeat that is received ends as one of the other four. One that is delivered again, as it
-# was not acknowledged, is received again.
+# was not acknowledged, is received again; of a batch that had to be tried again after a part of it
+# was recorded, that part is stale as well.
 RECEIVED = Counter("chiffon_heartbeats_received", "Heartbeats taken from the queue.")
 RECORDED = Counter("chiffon_heartbeats_recorded", "Heartbeats that are in the registry.")
 SUPERSEDED = Counter(
@@ -62,6 +63,9 @@ COMMIT = Histogram(
     "chiffon_ingest_commit_seconds",
     "From the first try to commit a batch to the commit that holds it.",
     buckets=SECONDS,
+)
+CANARIES = Counter(
+    "chiffon_canaries_recorded", "Canaries that went the whole way, of any orchestrator."
 )
 PATH = Histogram(
     "chiffon_ingest_path_seconds",
@@ -284,7 +288,7 @@ class Ingest:
         is_recorded = False
         while True:
             try:
-                if not is_recorded:
+                if reading.newest and not is_recorded:
                     await self._record(reading)
                     is_recorded = True
                     COMMIT.observe(time.monotonic() - began)
@@ -324,6 +328,7 @@ class Ingest:
         published = self._published(canary)
         delay = None if published is None else max(canary.received - published, 0.0)
         await self._registry.mark_path_fresh(canary.received, delay)
+        CANARIES.inc()
         if published is not None:
             PATH.observe(max(time.monotonic() - published, 0.0))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import cache
 from io import StringIO
 from pathlib import Path
 
@@ -103,6 +104,7 @@ async def _run(name: str, url: str, *arguments: str) -> None:
         raise BadConfiguration(str(error)) from None
 
 
+@cache
 def _revisions() -> list[str]:
     """Return the revisions that this chiffon knows, newest first."""
     return [script.revision for script in _scripts().walk_revisions()]

@@ -61,7 +61,7 @@ log = logging.getLogger(__name__)
 QUESTIONS = Counter(
     "chiffon_questions",
     "Capacity questions by their type and what came of them: answered, the code of a refusal, "
-    "dead_lettered, or dropped as their planner had stopped waiting.",
+    "dead_lettered, dropped as their planner had stopped waiting, or unsent.",
     ["type", "outcome"],
 )
 ANSWERED_IN = Histogram(
@@ -223,7 +223,7 @@ class Responder:
             QUESTIONS.labels(asked, outcome).inc()
             ANSWERED_IN.labels(asked).observe(time.monotonic() - received)
         except BusUnavailable as error:
-            QUESTIONS.labels(asked, "dropped").inc()
+            QUESTIONS.labels(asked, "unsent").inc()
             log.warning("dropped an answer: %s", error)
 
     async def _set_aside(self, message: DeliveredMessage, reason: str) -> None:

@@ -6,6 +6,7 @@ other chiffon command finds them.
 """
 
 import asyncio
+import errno
 import fcntl
 import os
 import signal
@@ -175,13 +176,17 @@ def _listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=1_024)
-    except OSError:
-        pass
-    try:
-        return socket.create_server((host, 0), family=family, backlog=1_024)
+        try:
+            return socket.create_server((host, port), family=family, backlog=1_024)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            return socket.create_server((host, 0), family=family, backlog=1_024)
     except OSError as error:
-        raise BadConfiguration(f"{PREFIX}HTTP_HOST: {host}: {error.strerror}") from None
+        raise BadConfiguration(
+            f"{PREFIX}HTTP_HOST, {PREFIX}HTTP_PORT: cannot listen on {host}:{port}:"
+            f" {error.strerror}"
+        ) from None
 
 
 @contextmanager
@@ -265,7 +270,7 @@ async def _processes(
 
 async def _proof(folder: Path, urls: dict[str, str], processes: list[_Process]) -> Up:
     """Wait for a capacity answer with this host's own fresh heartbeat in it."""
-    last: Exception | None = None
+    missing = "anything"
     async with (
         PlannerClient.open(urls["amqp_url"], name="chiffon up") as planner,
         Registry.open(urls["database_url"]) as registry,
@@ -275,18 +280,18 @@ async def _proof(folder: Path, urls: dict[str, str], processes: list[_Process]) 
             await _restart_or_give_up(processes)
             try:
                 offers = await planner.find(EVERYTHING, timeout=2)
-                is_own = _has_own(offers, folder, time.monotonic() - processes[-1].started)
-                if is_own and await asyncio.to_thread(_is_ready, urls["http_url"]):
+                if not _has_own(offers, folder, time.monotonic() - processes[-1].started):
+                    missing = "a capacity answer with this host's heartbeat"
+                elif not await asyncio.to_thread(_is_ready, urls["http_url"]):
+                    missing = "a gateway that is ready"
+                else:
                     agents = await registry.list_agents()
                     return Up(agents=agents, offers=offers, urls=urls)
             except ChiffonError as error:
-                last = error
+                missing = f"a capacity answer: {error}"
             await asyncio.sleep(0.1)
     logs = "\n".join(process.child.last_words() for process in processes)
-    raise ChildFailed(
-        f"no capacity answer had this host's heartbeat within {START_SECONDS:g} s"
-        f" ({last or 'answers came, without it'})\n{logs}"
-    )
+    raise ChildFailed(f"not up within {START_SECONDS:g} s: there was not {missing}\n{logs}")
 
 
 async def _restart_or_give_up(processes: list[_Process]) -> None:

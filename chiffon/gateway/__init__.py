@@ -164,12 +164,12 @@ def _hosts(host: str, allowed: Sequence[str]) -> list[str]:
     there must not read the fleet.
     """
     if allowed:
-        return list(allowed)
+        return [name.lower() for name in allowed]
     try:
         is_loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:
         is_loopback = host == "localhost"
-    return ["localhost", "127.0.0.1", "[::1]", host] if is_loopback else []
+    return ["localhost", "127.0.0.1", "::1", host] if is_loopback else []
 
 
 async def _await_topology(session: Session) -> None:

@@ -172,7 +172,7 @@ def router(service: OrchestratorService, history: History) -> APIRouter:
         tags=["fleet"],
         summary="An agent's recent readings",
         dependencies=[Depends(_no_parameters)],
-        responses=documented(400, 500),
+        responses=documented(400, 500, 503),
     )
     async def agent_history(agent_id: AgentId) -> HistoryAnswer:
         """Kept in this gateway's memory: none before it started, and another has its own."""

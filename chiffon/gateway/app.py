@@ -4,11 +4,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 from prometheus_client import Counter, Gauge, Histogram
-from starlette.datastructures import MutableHeaders
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chiffon import __version__
@@ -67,9 +68,7 @@ def make(parts: Parts) -> FastAPI:
     app.include_router(api.router(parts.service, parts.history))
     app.include_router(operations.router(parts.checks, parts.reads))
     app.include_router(pages.router(parts.live))
-    app.add_middleware(_Manners)
-    if parts.hosts:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(parts.hosts))
+    app.add_middleware(_Manners, hosts=frozenset(parts.hosts))
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]
     return app
 
@@ -94,10 +93,11 @@ def _described(app: FastAPI) -> dict[str, Any]:
 
 
 class _Manners:
-    """Counts requests, refuses too many at once, and sets the headers that all answers have."""
+    """Counts requests, refuses those that are too many at once or not for us, and sets headers."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, hosts: frozenset[str]) -> None:
         self._app = app
+        self._hosts = hosts
         self._in_work = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -113,11 +113,9 @@ class _Manners:
             await send(message)
 
         is_api = scope["path"].startswith("/api/")
-        if is_api and self._in_work >= AT_ONCE:
-            busy = problems.answer(
-                503, "unavailable", "too many requests at once", {"Retry-After": "1"}
-            )
-            await busy(scope, receive, send_counted)
+        refusal = self._refusal(scope, is_api)
+        if refusal is not None:
+            await refusal(scope, receive, send_counted)
             return
         self._in_work += is_api
         try:
@@ -128,6 +126,23 @@ class _Manners:
         finally:
             self._in_work -= is_api
 
+    def _refusal(self, scope: Scope, is_api: bool) -> Response | None:
+        # Those who look after the gateway come by its address, whatever it is called.
+        if self._hosts and scope["path"] not in _OPERATIONS:
+            try:
+                host = urlsplit(f"//{Headers(scope=scope).get('host', '')}").hostname
+            except ValueError:
+                host = None
+            if host not in self._hosts:
+                return problems.answer(
+                    400, "invalid_request", "not for this host name: see CHIFFON_HTTP_ALLOWED_HOSTS"
+                )
+        if is_api and self._in_work >= AT_ONCE:
+            return problems.answer(
+                503, "unavailable", "too many requests at once", {"Retry-After": "1"}
+            )
+        return None
+
 
 def _count(scope: Scope, status: int, began: float) -> None:
     # Only routes, never paths: anybody can make those up.
@@ -136,6 +151,7 @@ def _count(scope: Scope, status: int, began: float) -> None:
     ANSWERED_IN.labels(route).observe(time.monotonic() - began)
 
 
+_OPERATIONS = ("/livez", "/readyz", "/metrics")
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 _DESCRIPTION = """\

@@ -12,7 +12,8 @@ from chiffon.capacity import describe
 from chiffon.registry import AgentRow
 
 MOST_READINGS = 120
-"""Of each agent: ten minutes at the usual interval of 5 s."""
+"""Of each agent: ten minutes at the usual interval of 5 s. Agents that speak more often than the
+registry is looked at are sampled."""
 
 _VALUES = (
     "cpu_percent",

@@ -27,8 +27,8 @@ FOLLOWED_SECONDS = 1.0
 ALONE_SECONDS = 5.0
 """Between two looks while nobody does, for the history."""
 
-MOST_WAITING = 30
-"""Messages for one follower, who is let go if there are more."""
+MOST_WAITING = 10
+"""Looks that one follower has not taken yet, who is let go if there are more."""
 
 CHUNK_AGENTS = 200
 
@@ -47,6 +47,7 @@ class Live:
         self._versions: dict[UUID, str] = {}
         self._rows: dict[UUID, dict[str, Any]] = {}
         self._summary: dict[str, Any] | None = None
+        self._read = 0.0
         self._trouble: str | None = "the registry has not been read yet"
         self._followers: set[asyncio.Queue[bytes | None]] = set()
         self._followed = asyncio.Event()
@@ -78,8 +79,8 @@ class Live:
     def close(self) -> None:
         """Let all followers go, as the gateway stops."""
         self._is_closed = True
-        for queue in self._followers:
-            _end(queue)
+        for queue in list(self._followers):
+            self._let_go(queue)
 
     async def follow(self) -> AsyncIterator[bytes]:
         """Yield server-sent events: the whole fleet, and then what changes, until let go."""
@@ -88,8 +89,8 @@ class Live:
         self._followers.add(queue)
         self._followed.set()
         try:
-            for message in first:
-                yield message
+            for event in first:
+                yield event
             while not self._is_closed and (news := await queue.get()) is not None:
                 yield news
         finally:
@@ -116,43 +117,46 @@ class Live:
             if self._versions.get(agent_id) != version
         ]
         rows = await self._registry.show_many(changed) if changed else []
+        read = time.monotonic()
         summary = Fleet.of(await self._registry.summary()).model_dump(mode="json")
         self._history.forget(gone)
         self._history.note(rows)
         for agent_id in gone:
             self._rows.pop(agent_id, None)
-        read = time.monotonic()
         fresh = {row.agent_id: _compact(row, read) for row in rows}
         self._rows.update(fresh)
-        self._versions, self._summary = versions, summary
+        self._versions, self._summary, self._read = versions, summary, read
         if self._followers:
-            self._tell(_event("fleet", summary))
-            for message in _chunks(fresh.values(), read):
-                self._tell(message)
+            events = [self._numbers(), *_chunks(fresh.values())]
             if gone:
-                self._tell(_event("gone", [str(agent_id) for agent_id in gone]))
+                events.append(_event("gone", [str(agent_id) for agent_id in gone]))
+            self._tell(b"".join(events))
 
     def _whole(self) -> Iterable[bytes]:
         yield _event("restart", None)
         if self._summary is not None:
-            yield _event("fleet", self._summary)
-            yield from _chunks(self._rows.values(), time.monotonic())
+            yield self._numbers()
+            yield from _chunks(self._rows.values())
         if self._trouble is not None:
             yield _event("trouble", self._trouble)
 
-    def _tell(self, message: bytes) -> None:
-        for queue in self._followers:
+    def _numbers(self) -> bytes:
+        """Return the fleet in numbers, with how long ago they were read."""
+        return _event("fleet", {**(self._summary or {}), "age": time.monotonic() - self._read})
+
+    def _tell(self, events: bytes) -> None:
+        for queue in list(self._followers):
             try:
-                queue.put_nowait(message)
+                queue.put_nowait(events)
             except asyncio.QueueFull:
                 log.info("a page that is too slow is let go")
-                _end(queue)
+                self._let_go(queue)
 
-
-def _end(queue: "asyncio.Queue[bytes | None]") -> None:
-    while not queue.empty():
-        queue.get_nowait()
-    queue.put_nowait(None)
+    def _let_go(self, queue: "asyncio.Queue[bytes | None]") -> None:
+        self._followers.discard(queue)
+        while not queue.empty():
+            queue.get_nowait()
+        queue.put_nowait(None)
 
 
 def _compact(row: AgentRow, read: float) -> dict[str, Any]:
@@ -168,6 +172,7 @@ def _compact(row: AgentRow, read: float) -> dict[str, Any]:
         "reason": row.status_reason,
         "drained": row.drained,
         "lease": row.lease_seconds,
+        "silent": row.is_silent,
         "heard": None if row.age_seconds is None else read - row.age_seconds,
         "gpu": gpu_type if isinstance(gpu_type, str) else None,
         "gpus": sorted({str(gpu.get("name") or "?") for gpu in _listed(metrics, "gpus", dict)}),
@@ -196,8 +201,9 @@ _NUMBERS = {
 }
 
 
-def _chunks(rows: Iterable[dict[str, Any]], now: float) -> Iterable[bytes]:
-    """Return rows as messages; instead of when an agent was heard of, how long ago that is."""
+def _chunks(rows: Iterable[dict[str, Any]]) -> Iterable[bytes]:
+    """Return rows as events; instead of when an agent was heard of, how long ago that is."""
+    now = time.monotonic()
     aged = [
         {**row, "age": None if row["heard"] is None else max(now - row["heard"], 0.0)}
         for row in rows

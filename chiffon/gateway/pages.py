@@ -1,10 +1,13 @@
 """The fleet page, its files, and the stream that keeps it fresh. None of it needs a build."""
 
+import asyncio
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fastapi import APIRouter
 from fastapi.responses import FileResponse, Response, StreamingResponse
+from starlette.types import Message, Send
 
 from chiffon.gateway.live import Live
 from chiffon.gateway.problems import ProblemError
@@ -12,6 +15,9 @@ from chiffon.gateway.problems import ProblemError
 STATIC = Path(__file__).parent / "static"
 
 MOST_FOLLOWERS = 100
+SEND_SECONDS = 20.0
+
+log = logging.getLogger(__name__)
 
 _TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -50,13 +56,27 @@ def router(live: Live) -> APIRouter:
             raise ProblemError(
                 503, "unavailable", "too many pages are open", headers={"Retry-After": "10"}
             )
-        return StreamingResponse(
+        return _Stream(
             live.follow(),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
 
     return pages
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events; whoever does not read them for 20 s is let go."""
+
+    async def stream_response(self, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(SEND_SECONDS):
+                await send(message)
+
+        try:
+            await super().stream_response(send_in_time)
+        except TimeoutError:
+            log.info("a page that does not read is let go")
 
 
 def _files() -> Iterator[tuple[str, Path]]:

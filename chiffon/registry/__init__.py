@@ -36,6 +36,7 @@ from chiffon.registry.rows import (
     Stale,
     Swept,
     Transition,
+    document,
 )
 from chiffon.registry.statements import (
     COUNT_LOWER_INCARNATIONS,
@@ -70,6 +71,7 @@ __all__ = [
     "Transition",
     "answering",
     "asyncpg_url",
+    "document",
 ]
 
 ANSWER_SECONDS = 5.0
@@ -396,11 +398,11 @@ def _transition(update: StatusUpdate) -> Transition:
 
 def _agent(row: asyncpg.Record) -> AgentRow:
     fields = dict(row)
-    words = json.loads(fields["capabilities"])  # others may have written it
+    words = document(fields["capabilities"])  # others may have written it
     fields["capabilities"] = (
         [word for word in words if isinstance(word, str)] if isinstance(words, list) else []
     )
-    fields["resource_metrics"] = json.loads(fields["resource_metrics"])
+    fields["resource_metrics"] = document(fields["resource_metrics"])
     if fields["age_seconds"] is not None:
         fields["age_seconds"] = max(fields["age_seconds"], 0.0)
     return AgentRow(**fields)

@@ -1,5 +1,7 @@
 """What goes into the registry and what comes out of it, as data."""
 
+import json
+import math
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -8,6 +10,15 @@ from uuid import UUID
 import asyncpg
 
 from chiffon.messages import AgentStatus, StatusUpdate
+
+
+def document(text: str) -> Any:
+    """Return what a jsonb column holds, whoever wrote it.
+
+    PostgreSQL keeps whole numbers of any length, Python reads 4,300 digits: longer ones are
+    infinite here.
+    """
+    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 400 else math.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +122,7 @@ class AgentRow:
     age_seconds: float | None
     clock_skew_seconds: float | None
     queue_delay_seconds: float | None
+    is_silent: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -293,11 +293,28 @@ RULES = tuple(_RULES)
 _JUDGED = ", ".join(
     f"CASE WHEN NOT coalesce({rule}, false) THEN '{name}' END" for name, rule in _RULES.items()
 )
+
+
+def _shown(free: str, *keys: str) -> str:
+    """Return the SQL for what people are told of an amount: unknown counts as 0, and is not 0."""
+    kinds = ", ".join(f"jsonb_typeof(r.resource_metrics -> '{key}')" for key in keys)
+    return f"CASE WHEN 'number' IN ({kinds}) THEN r.{free} END AS {free}"
+
+
+_SHOWN = ", ".join(
+    [
+        _shown("free_vram_gb", "gpu_vram_available_gb"),
+        _shown("free_single_gpu_vram_gb", "gpu_vram_max_available_gb", "gpu_vram_available_gb"),
+        _shown("free_cores", "cpu_cores_available"),
+        _shown("free_memory_gb", "memory_available_gb"),
+    ]
+)
 _HAS = " ".join(f"WHEN '{name}' THEN {free}" for name, free in _FREE.items())
 
 EXPLAIN = f"""
 WITH judged AS MATERIALIZED (
-  SELECT r.agent_id, r.hostname, r.pool_name, {", ".join(_FREE.values())},
+  SELECT r.agent_id, r.hostname, r.pool_name, {_SHOWN},
+         r.free_vram_gb AS first, r.free_cores AS second,
          array_remove(ARRAY[{_JUDGED}], NULL) AS broken
     FROM agent_registry r
 ), counted AS (
@@ -306,7 +323,7 @@ WITH judged AS MATERIALIZED (
     FROM (SELECT *, CASE broken[1] {_HAS} END AS has FROM judged) j GROUP BY broken[1]
 ), nearest AS (
   SELECT * FROM judged WHERE broken <> '{{}}'
-   ORDER BY cardinality(broken), free_vram_gb DESC, free_cores DESC, agent_id LIMIT $8
+   ORDER BY cardinality(broken), first DESC, second DESC, agent_id LIMIT $8
 )
 SELECT statement_timestamp() AS as_of,
        (SELECT json_agg(counted) FROM counted) AS counts,
@@ -324,16 +341,17 @@ SELECT statement_timestamp() AS as_of,
          WHERE r.status IN ('online', 'busy') AND NOT coalesce({_FRESH}, false)) AS silent
 """  # noqa: S608
 
-_AGENT = """
+_AGENT = f"""
 SELECT r.agent_id, r.agent_type, r.pool_name, r.capabilities, r.status, r.hostname,
        r.agent_version, r.incarnation, r.sequence, r.sent_at, r.interval_seconds,
        r.lease_seconds, r.drained, r.last_heartbeat_at, r.resource_metrics, r.performance_score,
        r.status_reason, r.status_changed_at, r.lower_incarnations, r.lower_incarnation_at,
        extract(epoch FROM statement_timestamp() - r.last_heartbeat_at)::float8 AS age_seconds,
        extract(epoch FROM r.sent_at - r.last_heartbeat_at)::float8 AS clock_skew_seconds,
-       (SELECT queue_delay_seconds FROM ingest_path) AS queue_delay_seconds
+       (SELECT queue_delay_seconds FROM ingest_path) AS queue_delay_seconds,
+       NOT coalesce({_FRESH}, false) AS is_silent
   FROM agent_registry r
-"""
+"""  # noqa: S608
 SHOW = _AGENT + " WHERE r.agent_id = $1"
 SHOW_MANY = _AGENT + " WHERE r.agent_id = ANY($1::uuid[])"
 LIST = (

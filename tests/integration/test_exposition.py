@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from chiffon import health
 from chiffon.embedded.children import free_port
 from chiffon.errors import BadConfiguration
 from chiffon.exposition import Page, exposing
@@ -204,6 +205,21 @@ async def test_a_loop_that_does_not_turn_is_not_alive(monkeypatch: pytest.Monkey
         answer = await http.get("/livez")
 
     assert (answer.status_code, answer.text) == (503, "no answer within 0.2 s\n")
+
+
+async def test_a_port_that_was_scraped_can_be_listened_on_again_at_once() -> None:
+    async with exposing("127.0.0.1", 0, {"/livez": health.livez}) as port, client(port) as http:
+        assert (await http.get("/livez")).status_code == 200
+    async with exposing("127.0.0.1", port, {"/livez": health.livez}), client(port) as http:
+        assert (await http.get("/livez")).status_code == 200
+
+
+async def test_an_address_of_ip_version_6_is_served() -> None:
+    async with (
+        exposing("::1", 0, {"/livez": health.livez}) as port,
+        httpx.AsyncClient(trust_env=False) as http,
+    ):
+        assert (await http.get(f"http://[::1]:{port}/livez")).text == "ok\n"
 
 
 async def test_a_port_that_is_taken_is_said_to_be() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+from base64 import b64encode
 from collections.abc import AsyncIterator
 from typing import Any
 from uuid import UUID, uuid4
@@ -265,6 +266,10 @@ async def test_why_agents_are_no_answer_is_told_for_each(
     }
 
 
+def cursor_of(*words: str) -> str:
+    return b64encode(json.dumps(words).encode()).decode()
+
+
 # --- The fleet --------------------------------------------------------------------------------
 
 
@@ -298,7 +303,14 @@ async def test_the_list_is_filtered(http: httpx.AsyncClient, registry: Registry)
 
 
 @pytest.mark.parametrize(
-    "cursor", ["x", "e30=", "WyJhIiwiYiIsImMiXQ==", "WyJcdTAwMDAiLCIiLCIwIl0="]
+    "cursor",
+    [
+        "x",
+        "e30=",
+        cursor_of("a", "b", "c"),
+        cursor_of("\0", "", str(UUID(int=1))),
+        cursor_of("\ud800", "", str(UUID(int=1))),
+    ],
 )
 async def test_a_cursor_that_is_from_no_page_is_a_400(http: httpx.AsyncClient, cursor: str) -> None:
     status, detail = await problem(http, f"/api/v1/agents?after={cursor}")
@@ -399,6 +411,36 @@ async def test_the_stream_begins_with_the_fleet_and_tells_what_changes(
         assert await stream.next("gone") == [str(first)]
 
 
+async def test_a_page_that_does_not_read_is_let_go(
+    http: httpx.AsyncClient, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chiffon.gateway.pages.SEND_SECONDS", 0.5)
+    # More than the sockets between us take.
+    problems = ["x" * 512] * 64
+    batch = [update(resources={"probe_errors": problems}) for _ in range(400)]
+    for start in range(0, 400, 100):
+        part = sorted(batch[start : start + 100], key=lambda one: one.agent_id)
+        await registry.record([Receipt(one, asyncio.get_running_loop().time()) for one in part])
+    _, writer = await asyncio.open_connection(http.base_url.host, http.base_url.port, limit=1_024)
+    try:
+        writer.write(b"GET /stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await writer.drain()
+
+        async def followers() -> int:
+            return int(samples((await http.get("/metrics")).text)["chiffon_page_followers"])
+
+        async def follows() -> bool:
+            return await followers() == 1
+
+        async def is_let_go() -> bool:
+            return await followers() == 0
+
+        await until(follows, "a follower")
+        await until(is_let_go, "the follower is let go")
+    finally:
+        writer.close()
+
+
 async def test_a_stream_ends_with_the_gateway(broker: str, database_url: str) -> None:
     async with serving(broker, database_url) as http:
         context = http.stream("GET", "/stream")
@@ -417,18 +459,20 @@ async def test_rows_that_others_wrote_break_nobodys_page(
                resource_metrics, last_heartbeat_at)
            VALUES (gen_random_uuid(), 'x', '', 'online', '{"a": 1}', '{"cpu_percent": 1e400,
                "gpus": [7, {"name": 3}], "probe_errors": "x", "gpu_type": []}', now()),
-                  (gen_random_uuid(), 'x', '', 'online', '[1, "gpu"]', '[]', now())"""
+                  (gen_random_uuid(), 'x', '', 'online', '[1, "gpu"]', '[]', now()),
+                  (gen_random_uuid(), 'x', '', 'online', '[]',
+                   '{"gpu_vram_available_gb": 1e5000, "gpu_type": "none"}', now())"""
     )
 
     listed = await http.get("/api/v1/agents")
     assert listed.status_code == 200
-    assert len(listed.json()["agents"]) == 3
+    assert len(listed.json()["agents"]) == 4
     async with http.stream("GET", "/stream") as answer:
         agents = await Stream(answer).next("agents")
-    assert len(agents) == 3
+    assert len(agents) == 4
     assert [one["host"] for one in agents if one["id"] == str(good)] == ["good"]
     assert (await http.get("/metrics")).status_code == 200
-    assert (await http.get("/api/v1/capacity")).status_code == 200
+    assert (await http.get("/api/v1/capacity?agent_type=any")).status_code == 200
 
 
 # --- When things are away ---------------------------------------------------------------------
@@ -548,9 +592,21 @@ async def test_an_unknown_path_or_method_is_a_problem_too(http: httpx.AsyncClien
 
 async def test_a_request_for_another_host_is_refused(http: httpx.AsyncClient) -> None:
     """A page from elsewhere, whose name was made to point here, must not read the fleet."""
-    answer = await http.get(AVAILABLE, headers={"Host": "evil.example"})
-
-    assert answer.status_code == 400
+    for host, status in {
+        "evil.example": 400,
+        "127.0.0.1.evil.example": 400,
+        "evil.example:80@localhost": 200,
+        "[::1": 400,
+        "[::1]:8440": 200,
+        "LOCALHOST": 200,
+    }.items():
+        for path in (AVAILABLE, "/", "/stream-that-is-none"):
+            answer = await http.get(path, headers={"Host": host})
+            wanted = 404 if path.startswith("/stream") and status == 200 else status
+            assert (host, path, answer.status_code) == (host, path, wanted)
+            assert answer.headers["x-content-type-options"] == "nosniff"
+    # Those who look after it come by its address.
+    assert (await http.get("/livez", headers={"Host": "10.0.0.7"})).status_code == 200
 
 
 async def test_too_many_requests_at_once_are_told_to_come_back(

@@ -38,6 +38,7 @@ def row(metrics: Any) -> AgentRow:
         age_seconds=None,
         clock_skew_seconds=None,
         queue_delay_seconds=None,
+        is_silent=False,
     )
 
 

@@ -61,6 +61,7 @@ def row(of: Expected, **fields: Any) -> AgentRow:
         age_seconds=1.0,
         clock_skew_seconds=10.2,
         queue_delay_seconds=None,
+        is_silent=False,
     )
     return replace(made, **fields)
 

@@ -9,6 +9,7 @@ export class Capacity {
   #answer;
   #address;
   #open;
+  #asked = 0;
 
   constructor(details, form, answer, address, onOpen) {
     this.#form = form;
@@ -42,9 +43,11 @@ export class Capacity {
       }
     }
     this.#address.write(changes);
+    const asked = ++this.#asked;
     try {
       const answer = await fetch(`/api/v1/capacity?${query}`);
       const body = await answer.json();
+      if (asked !== this.#asked) return; // something else was asked meanwhile
       if (answer.ok) this.#render(body);
       else this.#answer.replaceChildren(element("p", { className: "error" }, body.detail));
     } catch (error) {

@@ -10,6 +10,8 @@ export class Detail {
   #fleet;
   #id = null;
   #asked = 0;
+  #text = element("pre", { tabIndex: 0 });
+  #body = element("details", {}, element("summary", {}, "Last heartbeat"), this.#text);
 
   constructor(dialog, fleet, onClose) {
     this.#dialog = dialog;
@@ -62,13 +64,18 @@ export class Detail {
     close.addEventListener("click", () => this.#dialog.close());
     const known = this.#fleet.agents.get(this.#id);
     const title = element("h2", { id: "detail-title" }, known?.host ?? this.#id ?? "");
-    const open = new Set([...this.#dialog.querySelectorAll("details[open]")].map((one) => one.className));
     const place = this.#dialog.scrollTop;
-    const hadFocus = document.activeElement?.className;
-    this.#dialog.replaceChildren(element("div", { className: "title" }, title, close), ...children.filter(Boolean));
-    for (const one of this.#dialog.querySelectorAll("details")) one.open = open.has(one.className);
+    const hadFocus = document.activeElement?.className === "close";
+    // What somebody may be reading stays where it is: the body is never taken out, only followed.
+    for (const old of [...this.#dialog.children]) if (old !== this.#body) old.remove();
+    const all = [element("div", { className: "title" }, title, close), ...children.filter(Boolean)];
+    if (all.includes(this.#body) && this.#body.parentNode === this.#dialog) {
+      this.#body.before(...all.filter((one) => one !== this.#body));
+    } else {
+      this.#dialog.replaceChildren(...all);
+    }
     this.#dialog.scrollTop = place;
-    if (hadFocus === "close") close.focus();
+    if (hadFocus) close.focus();
   }
 
   #render(agent, readings) {
@@ -78,7 +85,7 @@ export class Detail {
     const resources = agent.resources && typeof agent.resources === "object" ? agent.resources : {};
     const facts = [
       ["Status", `${state.mark} ${state.text}${reason}`],
-      ["Heard", `${age(known ? ageOf(known) : agent.heartbeat_age_seconds)} ago; every ${agent.interval_seconds} s, lease ${agent.lease_seconds} s`],
+      ["Heard", `${heard(known ? ageOf(known) : agent.heartbeat_age_seconds)}; every ${agent.interval_seconds} s, lease ${agent.lease_seconds} s`],
       ["Agent", agent.agent_id],
       ["Pool, type", `${agent.pool_name}, ${agent.agent_type}`],
       ["Capabilities", agent.capabilities.join(", ") || "none"],
@@ -93,12 +100,15 @@ export class Detail {
     const list = element("dl", {});
     for (const [name, value] of facts) list.append(element("dt", {}, name), element("dd", {}, value));
     const problems = known ? problemsOf(known) : [];
+    const text = JSON.stringify(agent, null, 2);
+    const isRead = document.getSelection()?.containsNode(this.#text, true) && !document.getSelection().isCollapsed;
+    if (this.#text.textContent !== text && !isRead) this.#text.textContent = text;
     this.#fill(
       list,
       problems.length ? element("ul", { className: "problems" }, ...problems.map((one) => element("li", {}, one))) : null,
       ...this.#gpus(resources),
       ...this.#history(readings),
-      element("details", { className: "body" }, element("summary", {}, "Last heartbeat"), element("pre", { tabIndex: 0 }, JSON.stringify(agent, null, 2))),
+      this.#body,
     );
   }
 
@@ -136,6 +146,8 @@ export class Detail {
     return [title, ...lines, element("p", { className: "small" }, `${readings.length} heartbeats over ${age(seconds)}, from this gateway's memory`)];
   }
 }
+
+const heard = (seconds) => (isNumber(seconds) ? `${age(seconds)} ago` : "never");
 
 function skew(seconds) {
   if (!isNumber(seconds)) return "?";

@@ -1,5 +1,8 @@
 // The fleet as this page knows it, kept fresh by the gateway's stream.
 
+// The gateway says something each second; when it has not for so long, the line is dead.
+const SILENCE_MS = 20_000;
+
 export class Fleet {
   agents = new Map();
   summary = null;
@@ -9,6 +12,9 @@ export class Fleet {
   #listeners = [];
   #changed = new Set();
   #isScheduled = false;
+  #stream = null;
+  #url = "";
+  #newsAt = 0;
 
   // Calls `listener` with the ids of the agents that changed (null: all), once a frame at most.
   onChange(listener) {
@@ -16,10 +22,13 @@ export class Fleet {
   }
 
   follow(url) {
+    this.#stream?.close();
     const stream = new EventSource(url);
+    [this.#stream, this.#url, this.#newsAt] = [stream, url, performance.now()];
     const on = (name, take) =>
       stream.addEventListener(name, (event) => {
         this.isLive = true;
+        this.#newsAt = performance.now();
         take(JSON.parse(event.data));
         this.#schedule();
       });
@@ -30,7 +39,7 @@ export class Fleet {
     on("fleet", (summary) => {
       this.summary = summary;
       this.trouble = null;
-      this.heardAt = performance.now();
+      this.heardAt = performance.now() - summary.age * 1000;
     });
     on("agents", (agents) => {
       const now = performance.now();
@@ -58,6 +67,14 @@ export class Fleet {
     };
   }
 
+  // A peer that vanished closes nothing: only its silence tells.
+  watch() {
+    if (performance.now() - this.#newsAt > SILENCE_MS) {
+      this.isLive = false;
+      this.follow(this.#url);
+    }
+  }
+
   // Seconds since the gateway last read the registry.
   get age() {
     return this.heardAt === null ? null : (performance.now() - this.heardAt) / 1000;
@@ -82,7 +99,7 @@ export const ageOf = (agent) =>
 
 export const isSilent = (agent) => {
   const age = ageOf(agent);
-  return agent.status !== "offline" && (age === null || age > agent.lease);
+  return agent.status !== "offline" && (agent.silent || age === null || age > agent.lease);
 };
 
 // A mark and a word for each state: never a colour alone.

@@ -109,6 +109,10 @@ fleet.onChange((changed) => {
   showHead();
 });
 setInterval(() => {
+  fleet.watch();
+  const { status, sort } = view();
+  // A lease ends by itself, so who is shown, and where, may change without any news.
+  if (status || sort === "status") showTable(new Set());
   table.tick();
   showHead();
 }, 1000);
