@@ -270,6 +270,18 @@ def cursor_of(*words: str) -> str:
     return b64encode(json.dumps(words).encode()).decode()
 
 
+async def test_what_is_unknown_is_explained_as_unknown_and_not_as_nothing(
+    http: httpx.AsyncClient, registry: Registry
+) -> None:
+    await record(registry, resources={"gpu_vram_available_gb": None, "gpu_vram_total_gb": None})
+
+    body = (await http.get("/api/v1/capacity", params={"min_gpu_vram_gb": 20})).json()
+
+    [miss] = body["explanation"]["nearest"]
+    assert miss["reasons"] == ["too little free VRAM (unknown of 20)"]
+    assert body["explanation"]["summary"] == "1 agent: 1 too little free VRAM"
+
+
 # --- The fleet --------------------------------------------------------------------------------
 
 
@@ -412,8 +424,12 @@ async def test_the_stream_begins_with_the_fleet_and_tells_what_changes(
 
 
 async def test_a_page_that_does_not_read_is_let_go(
-    http: httpx.AsyncClient, registry: Registry, monkeypatch: pytest.MonkeyPatch
+    http: httpx.AsyncClient,
+    registry: Registry,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO, "chiffon")
     monkeypatch.setattr("chiffon.gateway.pages.SEND_SECONDS", 0.5)
     # More than the sockets between us take.
     problems = ["x" * 512] * 64
@@ -433,7 +449,7 @@ async def test_a_page_that_does_not_read_is_let_go(
             return await followers() == 1
 
         async def is_let_go() -> bool:
-            return await followers() == 0
+            return "a page that does not read is let go" in caplog.text and await followers() == 0
 
         await until(follows, "a follower")
         await until(is_let_go, "the follower is let go")
