@@ -52,15 +52,15 @@ class Node:
         await rabbitmq._answers(child, f"{self.url}/{rabbitmq.VHOST}")
         return child
 
-    def ctl(self, *arguments: str) -> str:
-        """Manage it with ``rabbitmqctl``; returns what that printed."""
+    def ctl(self, *arguments: str, seconds: float = 60) -> str:
+        """Manage it with ``rabbitmqctl``, for so long at most; returns what that printed."""
         done = subprocess.run(
             [str(self.program.with_name("rabbitmqctl")), "-q", *arguments],
             env=self.environment,
             check=True,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=seconds,
         )
         return done.stdout
 
@@ -84,29 +84,33 @@ class ClusterLab(Lab):
         """Return the node that holds a queue, or leads it."""
 
         async def found() -> Server | None:
-            return await self._holder(queue)
+            return (await self._holders() or {}).get(queue)
 
-        server = await until(found, f"the node of {queue}")
+        server = await until(found, f"the node of {queue}", 90)
         assert server is not None
         return server
 
-    async def has_queue(self, queue: str) -> bool:
-        """Whether there is such a queue."""
-        return await self._holder(queue) is not None
+    async def lacks_queue(self, queue: str) -> bool:
+        """Whether a node says that there is no such queue."""
+        holders = await self._holders()
+        return holders is not None and queue not in holders
 
-    async def _holder(self, queue: str) -> Server | None:
+    async def _holders(self) -> dict[str, Server] | None:
+        """Return the node of every queue, as the first node says that answers."""
         for node, broker in zip(self.nodes, self.brokers, strict=True):
             if not broker.is_running or broker.is_frozen:
                 continue
             arguments = ("list_queues", "-p", rabbitmq.VHOST, "name", "pid", "leader")
             try:
-                listed = await asyncio.to_thread(node.ctl, *arguments)
-            except subprocess.CalledProcessError:
-                continue  # it has only just been started
-            for line in listed.splitlines():
-                for one, server in zip(self.nodes, self.brokers, strict=True):
-                    if line.split()[0] == queue and one.name in line:
-                        return server
+                listed = await asyncio.to_thread(node.ctl, *arguments, seconds=10)
+            except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+                continue  # it, or one that it asks, has only just been started
+            return {
+                line.split()[0]: server
+                for line in listed.splitlines()
+                for one, server in zip(self.nodes, self.brokers, strict=True)
+                if one.name in line
+            }
         return None
 
 

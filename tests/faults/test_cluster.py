@@ -52,7 +52,7 @@ async def test_the_node_with_the_questions_is_killed(
     await survives(cluster_lab, "cluster: node of the questions killed (-9)", fault)
 
     async def only_the_usual_queue_is_left() -> bool:
-        return not await cluster_lab.has_queue("chiffon.capacity.standby")
+        return await cluster_lab.lacks_queue("chiffon.capacity.standby")
 
     await until(only_the_usual_queue_is_left, "every responder back on the usual queue")
 
