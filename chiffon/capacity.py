@@ -93,10 +93,7 @@ class OrchestratorService:
         Raises:
             AgentNotFoundError: It is not in the registry.
         """
-        row = await self._registry.show(agent_id)
-        if row is None:
-            raise AgentNotFoundError(agent_id)
-        return describe(row)
+        return describe(await self._row(agent_id))
 
     async def explain(self, query: CapacityQuery) -> Explanation:
         """Return why each agent that ``find`` does not offer is not offered.
@@ -115,10 +112,7 @@ class OrchestratorService:
         Raises:
             AgentNotFoundError: It is not in the registry.
         """
-        row = await self._registry.show(agent_id)
-        if row is None:
-            raise AgentNotFoundError(agent_id)
-        return Agent.of(row)
+        return Agent.of(await self._row(agent_id))
 
     async def agents(
         self,
@@ -192,6 +186,12 @@ class OrchestratorService:
         )
         return offers
 
+    async def _row(self, agent_id: UUID) -> AgentRow:
+        row = await self._registry.show(agent_id)
+        if row is None:
+            raise AgentNotFoundError(agent_id)
+        return row
+
 
 def _cursor(last: Agent) -> str:
     place = json.dumps([last.pool_name, last.hostname or "", str(last.agent_id)])
@@ -202,7 +202,7 @@ def _place(cursor: str) -> tuple[str, str, UUID]:
     try:
         pool_name, hostname, agent_id = json.loads(urlsafe_b64decode(cursor.encode()))
         place = (str(pool_name), str(hostname), UUID(agent_id))
-        "".join(place[:2]).encode()
+        "".join(place[:2]).encode()  # JSON can hold half a character, PostgreSQL cannot
     except (ValueError, TypeError, AttributeError):
         raise BadMessage("after: not the `next` of a page") from None
     if any("\0" in word for word in place[:2]):  # no text of PostgreSQL has one

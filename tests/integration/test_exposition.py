@@ -20,7 +20,7 @@ from chiffon.exposition import Page, exposing
 from chiffon.planner import PlannerClient
 from chiffon.registry import Receipt, Registry
 from tests.fixtures import plain
-from tests.fixtures.gateway import serving
+from tests.fixtures.gateway import samples, serving
 from tests.fixtures.heartbeats import update
 from tests.fixtures.system import orchestrating
 from tests.fixtures.waiting import until
@@ -33,11 +33,6 @@ async def client(port: int) -> AsyncIterator[httpx.AsyncClient]:
     url = f"http://127.0.0.1:{port}"
     async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False) as made:
         yield made
-
-
-def samples(text: str) -> dict[str, float]:
-    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
 def promtool(*arguments: str, given: str = "") -> str:

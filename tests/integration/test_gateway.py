@@ -14,7 +14,7 @@ import pytest
 from chiffon.capacity import OrchestratorService
 from chiffon.messages import CapacityQuery
 from chiffon.registry import Receipt, Registry
-from tests.fixtures.gateway import serving
+from tests.fixtures.gateway import samples, serving
 from tests.fixtures.heartbeats import RESOURCES, update
 from tests.fixtures.proxy import Proxy
 from tests.fixtures.waiting import until
@@ -671,11 +671,6 @@ async def test_slow_bodies_keep_nobody_from_an_answer(http: httpx.AsyncClient) -
 
 
 # --- Metrics ----------------------------------------------------------------------------------
-
-
-def samples(text: str) -> dict[str, float]:
-    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
 async def test_metrics_tell_of_each_agent_and_forget_who_was_forgotten(
