@@ -202,11 +202,11 @@ def _place(cursor: str) -> tuple[str, str, UUID]:
     try:
         pool_name, hostname, agent_id = json.loads(urlsafe_b64decode(cursor.encode()))
         place = (str(pool_name), str(hostname), UUID(agent_id))
-        "".join(place[:2]).encode()  # JSON can hold half a character, PostgreSQL cannot
+        # What JSON can hold and a text of PostgreSQL cannot: half a character, and NUL.
+        if b"\0" in "".join(place[:2]).encode():
+            raise ValueError
     except (ValueError, TypeError, AttributeError):
         raise BadMessage("after: not the `next` of a page") from None
-    if any("\0" in word for word in place[:2]):  # no text of PostgreSQL has one
-        raise BadMessage("after: not the `next` of a page")
     return place
 
 

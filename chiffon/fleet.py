@@ -9,30 +9,6 @@ from pydantic import BaseModel, Field
 from chiffon.messages import AgentStatus
 from chiffon.registry import AgentRow, FleetSummary
 
-_OF_THE_ROW = (
-    "agent_id",
-    "agent_type",
-    "pool_name",
-    "capabilities",
-    "status",
-    "hostname",
-    "agent_version",
-    "incarnation",
-    "sequence",
-    "sent_at",
-    "interval_seconds",
-    "lease_seconds",
-    "drained",
-    "last_heartbeat_at",
-    "performance_score",
-    "status_reason",
-    "status_changed_at",
-    "lower_incarnations",
-    "lower_incarnation_at",
-    "clock_skew_seconds",
-    "queue_delay_seconds",
-)
-
 
 class Agent(BaseModel):
     """One agent, with all that the registry knows of it. Ages are on the database's clock."""
@@ -69,12 +45,12 @@ class Agent(BaseModel):
     @classmethod
     def of(cls, row: AgentRow) -> "Agent":
         """Return a row of the registry as it is shown."""
-        return cls(
-            **{name: getattr(row, name) for name in _OF_THE_ROW},
-            heartbeat_age_seconds=row.age_seconds,
-            is_silent=row.is_silent,
-            resources=row.resource_metrics,
-        )
+        named_otherwise = {
+            "heartbeat_age_seconds": row.age_seconds,
+            "resources": row.resource_metrics,
+        }
+        same = {name: getattr(row, name) for name in cls.model_fields.keys() - named_otherwise}
+        return cls(**same, **named_otherwise)
 
 
 class AgentPage(BaseModel):

@@ -344,8 +344,7 @@ class Ingest:
     async def _report(self, recorded: Recorded, count: int) -> None:
         STALE.inc(len(recorded.stale))
         RECORDED.inc(count - len(recorded.stale))
-        if count:
-            BATCH.observe(count)
+        BATCH.observe(count)
         self._events.transitions(recorded.transitions)
         lower = [
             one

@@ -6,12 +6,18 @@ from collections.abc import AsyncIterator, Iterator
 import asyncpg
 import pytest
 import pytest_asyncio
+from hypothesis import settings
 
 from chiffon.provisioning import declare
 from chiffon.registry import Registry, asyncpg_url
 from chiffon.session import dial_any
 from tests.fixtures.plain import Queues
 from tests.fixtures.servers import Databases, Management, Servers, running, virtual_host
+
+
+# How long an example takes tells of the machine, not of the code.
+settings.register_profile("chiffon", deadline=None)
+settings.load_profile("chiffon")
 
 
 @pytest.fixture(scope="session")

@@ -7,24 +7,18 @@ the order of ``agent_id``, so any number of orchestrators may run them at once w
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import UUID
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
 from chiffon import liveness
-from chiffon.errors import (
-    BadConfiguration,
-    RegistryRefused,
-    RegistryUnavailable,
-    RowRefused,
-    TablesMissing,
-)
+from chiffon.errors import TablesMissing
 from chiffon.messages import CapacityQuery, StatusUpdate
+from chiffon.registry.connection import ANSWER_SECONDS, answering, asyncpg_url
 from chiffon.registry.rows import (
     AgentRow,
     Closing,
@@ -73,8 +67,6 @@ __all__ = [
     "asyncpg_url",
     "document",
 ]
-
-ANSWER_SECONDS = 5.0
 
 
 class Registry:
@@ -335,28 +327,6 @@ class Registry:
             return await connection.fetch(statement, *arguments)
 
 
-def asyncpg_url(url: str) -> str:
-    """Return the URL in the form that asyncpg takes.
-
-    Raises:
-        BadConfiguration: It is not a PostgreSQL URL.
-    """
-    scheme, has_scheme, _ = url.partition("://")
-    if not has_scheme or scheme not in {"postgresql", "postgres", "postgresql+asyncpg"}:
-        raise BadConfiguration(
-            "CHIFFON_DATABASE_URL: not a PostgreSQL URL; "
-            "it looks like postgresql://user:password@host/database"
-        )
-    try:
-        urlsplit(url).port  # noqa: B018  (reading it checks it)
-    except ValueError:
-        raise BadConfiguration(
-            "CHIFFON_DATABASE_URL: a bad port; in a user name or password, "
-            "/ is written %2F, @ %40 and : %3A"
-        ) from None
-    return f"postgresql{url[len(scheme) :]}"
-
-
 def _arguments(query: CapacityQuery, most: int) -> tuple[Any, ...]:
     return (
         query.min_gpu_vram_gb,
@@ -406,40 +376,3 @@ def _agent(row: asyncpg.Record) -> AgentRow:
     if fields["age_seconds"] is not None:
         fields["age_seconds"] = max(fields["age_seconds"], 0.0)
     return AgentRow(**fields)
-
-
-@contextmanager
-def answering() -> Iterator[None]:
-    """Turn what asyncpg raises inside the block into chiffon's exceptions."""
-    try:
-        yield
-    except (
-        asyncpg.InvalidAuthorizationSpecificationError,
-        asyncpg.InvalidCatalogNameError,
-        asyncpg.InsufficientPrivilegeError,
-    ) as error:
-        raise RegistryRefused(f"the database refused us: {error}") from None
-    except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
-        raise TablesMissing(
-            "the database has no chiffon tables yet; run `chiffon db upgrade`"
-        ) from None
-    except asyncpg.exceptions.ClientConfigurationError as error:
-        raise BadConfiguration(f"CHIFFON_DATABASE_URL: {error}") from None
-    except TimeoutError:
-        raise RegistryUnavailable(
-            f"the database did not answer within {ANSWER_SECONDS:g} s"
-        ) from None
-    except (
-        asyncpg.DataError,
-        asyncpg.IntegrityConstraintViolationError,
-        ValueError,  # what the driver itself cannot encode
-    ) as error:
-        raise RowRefused(str(error).partition("\n")[0]) from None
-    except (
-        OSError,
-        asyncpg.PostgresError,
-        asyncpg.InterfaceError,
-        # The driver's own state, when the server ends a connection as a query begins on it.
-        asyncpg.InternalClientError,
-    ) as error:
-        raise RegistryUnavailable(f"the database failed us: {error}") from error

@@ -162,7 +162,7 @@ def test_find_returns_what_a_brute_force_filter_returns_best_first(
         service = OrchestratorService(registry)
         offered: list[int] = []
 
-        @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=100, suppress_health_check=list(HealthCheck))
         @given(fleets, st.lists(queries, min_size=1, max_size=4))
         def compare(fleet: list[Agent], questions: list[CapacityQuery]) -> None:
             runner.run(write(connection, fleet))

@@ -1,0 +1,76 @@
+"""How PostgreSQL is reached, and what it or its driver raises, in our words."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+import asyncpg
+
+from chiffon.errors import (
+    BadConfiguration,
+    RegistryRefused,
+    RegistryUnavailable,
+    RowRefused,
+    TablesMissing,
+)
+
+ANSWER_SECONDS = 5.0
+
+
+def asyncpg_url(url: str) -> str:
+    """Return the URL in the form that asyncpg takes.
+
+    Raises:
+        BadConfiguration: It is not a PostgreSQL URL.
+    """
+    scheme, has_scheme, _ = url.partition("://")
+    if not has_scheme or scheme not in {"postgresql", "postgres", "postgresql+asyncpg"}:
+        raise BadConfiguration(
+            "CHIFFON_DATABASE_URL: not a PostgreSQL URL; "
+            "it looks like postgresql://user:password@host/database"
+        )
+    try:
+        urlsplit(url).port  # noqa: B018  (reading it checks it)
+    except ValueError:
+        raise BadConfiguration(
+            "CHIFFON_DATABASE_URL: a bad port; in a user name or password, "
+            "/ is written %2F, @ %40 and : %3A"
+        ) from None
+    return f"postgresql{url[len(scheme) :]}"
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """Turn what asyncpg raises inside the block into chiffon's exceptions."""
+    try:
+        yield
+    except (
+        asyncpg.InvalidAuthorizationSpecificationError,
+        asyncpg.InvalidCatalogNameError,
+        asyncpg.InsufficientPrivilegeError,
+    ) as error:
+        raise RegistryRefused(f"the database refused us: {error}") from None
+    except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
+        raise TablesMissing(
+            "the database has no chiffon tables yet; run `chiffon db upgrade`"
+        ) from None
+    except asyncpg.exceptions.ClientConfigurationError as error:
+        raise BadConfiguration(f"CHIFFON_DATABASE_URL: {error}") from None
+    except TimeoutError:
+        raise RegistryUnavailable(
+            f"the database did not answer within {ANSWER_SECONDS:g} s"
+        ) from None
+    except (
+        asyncpg.DataError,
+        asyncpg.IntegrityConstraintViolationError,
+        ValueError,  # what the driver itself cannot encode
+    ) as error:
+        raise RowRefused(str(error).partition("\n")[0]) from None
+    except (
+        OSError,
+        asyncpg.PostgresError,
+        asyncpg.InterfaceError,
+        # The driver's own state, when the server ends a connection as a query begins on it.
+        asyncpg.InternalClientError,
+    ) as error:
+        raise RegistryUnavailable(f"the database failed us: {error}") from error
