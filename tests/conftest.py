@@ -14,7 +14,6 @@ from chiffon.session import dial_any
 from tests.fixtures.plain import Queues
 from tests.fixtures.servers import Databases, Management, Servers, running, virtual_host
 
-
 # How long an example takes tells of the machine, not of the code.
 settings.register_profile("chiffon", deadline=None)
 settings.load_profile("chiffon")
