@@ -58,8 +58,13 @@ class Server:
 
     @property
     def is_frozen(self) -> bool:
-        """Whether it is stopped, with all that it started."""
-        return all(one.status() == psutil.STATUS_STOPPED for one in self._all())
+        """Whether it is stopped, with all that it started and that has not ended."""
+        main, *children = self._all()
+        # A program that it had just run has ended, and nobody is there to take note of it.
+        at_rest = {psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE}
+        return main.status() == psutil.STATUS_STOPPED and all(
+            one.status() in at_rest for one in children
+        )
 
     def kill(self) -> None:
         """End it, with all that it started, without a chance to tidy up."""
