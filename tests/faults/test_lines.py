@@ -14,7 +14,7 @@ from tests.fixtures.waiting import until
 
 pytestmark = [pytest.mark.faults, pytest.mark.asyncio(loop_scope="session")]
 
-HERD = 300
+HERD = 200
 
 
 @pytest.mark.parametrize("latency_seconds", [0.2, 1.0])
