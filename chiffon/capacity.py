@@ -7,7 +7,7 @@
 import json
 import logging
 from base64 import urlsafe_b64decode, urlsafe_b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Protocol
 from uuid import UUID
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from chiffon.encoding import first_problem
 from chiffon.errors import AgentNotFoundError, BadMessage
-from chiffon.explanation import MOST_NAMED, Explanation, explain
+from chiffon.explanation import MOST_NAMED, explain
 from chiffon.fleet import Agent, AgentPage, Fleet
 from chiffon.messages import (
     MAX_INTEGER,
@@ -26,7 +26,10 @@ from chiffon.messages import (
     AgentCapacity,
     CapacityOffers,
     CapacityQuery,
+    CapacityReserve,
+    Explanation,
     Offer,
+    Reported,
 )
 from chiffon.registry import AgentRow, Registry, document
 
@@ -78,13 +81,14 @@ class OrchestratorService:
         found = await self._registry.find(query, most + 1)
         for agent_id in found.malformed:
             log.warning("agent %s is not offered: its metrics are malformed", agent_id)
-        offers = [offer for row in found.rows if (offer := _offer(row)) is not None]
+        offers = [offer for row in found.rows if (offer := offer_of(row, query)) is not None]
         return CapacityOffers(
             as_of=found.as_of,
             degraded=found.degraded,
             total_matches=min(len(offers), most),
             total_relation="gte" if len(offers) > most else "eq",
             agents=offers[: query.limit],
+            explanation=await self.explain(query) if query.explain else None,
         )
 
     async def show(self, agent_id: UUID) -> AgentCapacity:
@@ -101,6 +105,10 @@ class OrchestratorService:
         Looks at every agent, where ``find`` stops at its limit: for people, not for planners.
         """
         return explain(query, await self._registry.explain(query, MOST_NAMED))
+
+    async def explain_refusal(self, request: CapacityReserve) -> Explanation:
+        """Return why ``request`` could not be met: the needs of its first choice."""
+        return explain(request, await self._registry.explain(request.needs(), MOST_NAMED, request))
 
     async def fleet(self) -> Fleet:
         """Return the fleet in numbers."""
@@ -230,9 +238,11 @@ def describe(row: AgentRow) -> AgentCapacity:
     )
 
 
-def _offer(row: asyncpg.Record) -> Offer | None:
+def offer_of(row: asyncpg.Record, query: CapacityQuery) -> Offer | None:
+    """Return a row of the registry as an offer; ``None``, and a warning, if it cannot be one."""
     written = document(row["resource_metrics"])
     metrics = _scalars(written)
+    reported = {name: metrics[name] for name in Reported.model_fields}
     received: datetime = row["last_heartbeat_at"]
     try:
         return Offer(
@@ -242,20 +252,34 @@ def _offer(row: asyncpg.Record) -> Offer | None:
             hostname=row["hostname"],
             status=row["status"],
             gpu_type=metrics["gpu_type"],
-            gpu_vram_available_gb=metrics["gpu_vram_available_gb"],
-            gpu_vram_max_available_gb=metrics["gpu_vram_max_available_gb"],
             gpu_vram_total_gb=metrics["gpu_vram_total_gb"],
             gpu_sample_age_seconds=_sample_age(written),
-            cpu_cores_available=metrics["cpu_cores_available"],
             cpu_load_1min=metrics["cpu_load_1min"],
-            memory_available_gb=metrics["memory_available_gb"],
             performance_score=row["performance_score"],
             last_heartbeat_at=received,
             heartbeat_age_seconds=max(row["age_seconds"], 0.0),
+            reported=Reported(**reported) if query.show_reserved else None,
+            **_left(reported, row["room"]),
         )
     except ValidationError as error:
         log.warning("agent %s is not offered: %s", row["agent_id"], first_problem(error))
         return None
+
+
+def _left(reported: Mapping[str, Any], room: Sequence[float] | None) -> dict[str, Any]:
+    """Return what can be taken of what was reported; what is unknown stays so."""
+    if room is None:
+        return dict(reported)
+    vram, single, cores, memory = room
+    left = {
+        "gpu_vram_available_gb": vram,
+        "gpu_vram_max_available_gb": single,
+        "cpu_cores_available": int(cores),
+        "memory_available_gb": memory,
+    }
+    return {
+        name: None if value is None else min(value, left[name]) for name, value in reported.items()
+    }
 
 
 def _scalars(metrics: Any) -> dict[str, Any]:

@@ -21,6 +21,10 @@
         * NoResponders       nobody is listening for it
         * CapacityTimeout    nothing came back in time
         * CapacityRefused    carries the code of an ``error.v1``
+            * InsufficientCapacity   nobody has that room, and why
+            * ReservationNotFound    no such reservation, or long over
+            * StaleFence             the reservation is over; its room may be another's
+            * IdempotencyMismatch    the key was used for another request
     * ChildFailed            a process that ``chiffon up`` started ended, or did not start
     * AlreadyUp              another ``chiffon up`` runs on this state folder
 
@@ -28,6 +32,8 @@ Messages say what happened, why, and what to do next, in one line, and never hol
 """
 
 import re
+from collections.abc import Mapping
+from typing import Any
 from uuid import UUID
 
 
@@ -139,11 +145,43 @@ class CapacityRefused(CapacityError):
     Args:
         code: The machine-readable code of the ``error.v1`` reply.
         message: Its sentence for people.
+        details: What it tells programs beside that.
     """
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, details: Mapping[str, Any] | None = None) -> None:
         super().__init__(f"{message} ({code})")
         self.code = code
+        self.message = message
+        self.details = dict(details or {})
+
+    @staticmethod
+    def of(code: str, message: str, details: Mapping[str, Any] | None = None) -> "CapacityRefused":
+        """Return the refusal of the class that its code has."""
+        return _REFUSALS.get(code, CapacityRefused)(code, message, details)
+
+
+class InsufficientCapacity(CapacityRefused):
+    """Nobody has the room that was to be reserved; ``details["explanation"]`` says why."""
+
+
+class ReservationNotFound(CapacityRefused):
+    """There is no such reservation, or it has been over for more than a day."""
+
+
+class StaleFence(CapacityRefused):
+    """The reservation is over, or has another fence: its room may be another's now."""
+
+
+class IdempotencyMismatch(CapacityRefused):
+    """The key came before, with another request."""
+
+
+_REFUSALS: dict[str, type[CapacityRefused]] = {
+    "insufficient_capacity": InsufficientCapacity,
+    "reservation_not_found": ReservationNotFound,
+    "stale_fence": StaleFence,
+    "idempotency_mismatch": IdempotencyMismatch,
+}
 
 
 class ChildFailed(ChiffonError):
@@ -182,7 +220,15 @@ _EXIT_CODES: dict[type, int] = {
     BadConfiguration: 78,
     TopologyMismatch: 78,
 }
-_EXIT_CODES_OF_REFUSALS = {"invalid_request": 2, "unavailable": 69, "expired": 75}
+_EXIT_CODES_OF_REFUSALS = {
+    "invalid_request": 2,
+    "idempotency_mismatch": 2,
+    "insufficient_capacity": 3,
+    "reservation_not_found": 3,
+    "stale_fence": 3,
+    "unavailable": 69,
+    "expired": 75,
+}
 
 # As far as the last @ of the word: a password that should have been percent-encoded and was not
 # is still a password. asyncpg also takes one from the query.

@@ -1,4 +1,4 @@
-"""Telling others what changed: agents that came, went or became busy; pools that fell silent.
+"""Telling others what changed with agents, pools and reservations.
 
 An event is published after the commit that it tells of. It is a hint, not a record: while the
 broker is away the newest wait here, up to a bound, and those of an orchestrator that is killed
@@ -16,7 +16,15 @@ from chiffon.bus import Properties, Publisher
 from chiffon.encoding import encode
 from chiffon.errors import BusUnavailable
 from chiffon.link import Link
-from chiffon.messages import AGENT_EVENT, FLEET_EVENT, AgentEvent, FleetEvent
+from chiffon.messages import (
+    AGENT_EVENT,
+    FLEET_EVENT,
+    RESERVATION_EVENT,
+    AgentEvent,
+    FleetEvent,
+    Reservation,
+    ReservationEvent,
+)
 from chiffon.registry import Transition
 from chiffon.topology import EVENTS
 
@@ -25,6 +33,14 @@ log = logging.getLogger(__name__)
 MOST_WAITING = 10_000
 CONFIRM_SECONDS = 2.0
 AT_ONCE = 100
+
+Event = AgentEvent | FleetEvent | ReservationEvent
+
+_TYPES: dict[type, str] = {
+    AgentEvent: AGENT_EVENT,
+    FleetEvent: FLEET_EVENT,
+    ReservationEvent: RESERVATION_EVENT,
+}
 
 
 class Events:
@@ -36,7 +52,7 @@ class Events:
 
     def __init__(self, outgoing: Link) -> None:
         self._publisher = Publisher(outgoing)
-        self._waiting: deque[AgentEvent | FleetEvent] = deque(maxlen=MOST_WAITING)
+        self._waiting: deque[Event] = deque(maxlen=MOST_WAITING)
         self._told = asyncio.Event()
 
     def transitions(self, transitions: Iterable[Transition]) -> None:
@@ -59,7 +75,23 @@ class Events:
         now = datetime.now(UTC)
         self._tell(FleetEvent(state=state, pool_name=name, at=now) for name in pool_names)
 
-    def _tell(self, events: Iterable[AgentEvent | FleetEvent]) -> None:
+    def reservations(self, ended: Iterable[Reservation]) -> None:
+        """Tell of reservations that were ended by us."""
+        now = datetime.now(UTC)
+        self._tell(
+            ReservationEvent(
+                reservation_id=one.reservation_id,
+                holder=one.holder,
+                agent_ids=[place.agent_id for place in one.places],
+                fence=one.fence,
+                state=one.state,
+                reason=one.reason,
+                at=now,
+            )
+            for one in ended
+        )
+
+    def _tell(self, events: Iterable[Event]) -> None:
         before = len(self._waiting)
         self._waiting.extend(events)
         if before < MOST_WAITING == len(self._waiting):
@@ -83,14 +115,13 @@ class Events:
                     self._waiting.extendleft(reversed(batch[max(len(batch) - room, 0) :]))
                     await asyncio.sleep(CONFIRM_SECONDS)
 
-    async def _publish(self, event: AgentEvent | FleetEvent) -> None:
-        is_agent = isinstance(event, AgentEvent)
+    async def _publish(self, event: Event) -> None:
         await self._publisher.publish(
             encode(event),
             exchange=EVENTS,
             routing_key=event.routing_key,
             properties=Properties(
-                message_type=AGENT_EVENT if is_agent else FLEET_EVENT,
+                message_type=_TYPES[type(event)],
                 content_type="application/json",
                 delivery_mode=1,
             ),

@@ -1,76 +1,50 @@
 """Why agents are not offered, in words.
 
-The rules themselves are the SQL of ``registry.statements``: what offers an agent and what says why
+The rules themselves are the SQL of ``registry.offers``: what offers an agent and what says why
 it is not offered are the same conditions.
 """
 
 import math
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Any
-from uuid import UUID
 
-from pydantic import BaseModel, Field
+from pydantic import ValidationError
 
-from chiffon.messages import CapacityQuery
+from chiffon.messages import (
+    CapacityQuery,
+    CapacityReserve,
+    Explanation,
+    Miss,
+    Obstacle,
+    Relaxation,
+)
 from chiffon.registry import Misfits
 
 MOST_NAMED = 100
 """Of the agents that fit but for little."""
 
-
-class Obstacle(BaseModel):
-    """A rule that keeps agents from being offered; each agent is counted once, with its first."""
-
-    rule: str
-    agents: int
-    needed: float | None = Field(description="For rules about an amount.")
-    most: float | None = Field(description="The most that one of them has.")
-    hostname: str | None = Field(description="Who has it.")
-    message: str
+Asked = CapacityQuery | CapacityReserve
 
 
-class Miss(BaseModel):
-    """An agent that is not offered, and every reason why."""
-
-    agent_id: UUID
-    hostname: str | None
-    pool_name: str
-    reasons: list[str]
-
-
-class Explanation(BaseModel):
-    """What became of every agent of the fleet in the light of one question.
-
-    ``agents`` = ``fitting`` + the sum over ``obstacles``. ``nearest`` names up to 100 of those
-    that are not offered, those with the fewest reasons first.
-    """
-
-    as_of: datetime
-    agents: int
-    fitting: int
-    summary: str
-    obstacles: list[Obstacle]
-    nearest: list[Miss]
-
-
-def explain(query: CapacityQuery, misfits: Misfits) -> Explanation:
-    """Put into words which rules agents break."""
-    fitting = sum(count for rule, count, _, _ in misfits.counts if rule is None)
+def explain(asked: Asked, misfits: Misfits) -> Explanation:
+    """Put into words which rules agents break, and what could be asked for instead."""
+    query = asked.needs() if isinstance(asked, CapacityReserve) else asked
+    count = asked.count if isinstance(asked, CapacityReserve) else 1
+    fitting = sum(number for rule, number, _, _ in misfits.counts if rule is None)
     obstacles = [
         Obstacle(
             rule=rule,
-            agents=count,
+            agents=number,
             needed=_needed(query, rule),
             most=most,
             hostname=hostname if most is not None else None,
-            message=_message(query, rule, most, hostname),
+            message=_message(asked, query, rule, most, hostname),
         )
-        for rule, count, most, hostname in misfits.counts
+        for rule, number, most, hostname in misfits.counts
         if rule is not None
     ]
     agents = fitting + sum(one.agents for one in obstacles)
-    parts = [f"{fitting} fit"] if fitting else []
+    parts = [f"{fitting} of {count} fit" if count > 1 else f"{fitting} fit"] if fitting else []
     parts += [f"{one.agents} {one.message}" for one in obstacles]
     return Explanation(
         as_of=misfits.as_of,
@@ -78,15 +52,16 @@ def explain(query: CapacityQuery, misfits: Misfits) -> Explanation:
         fitting=fitting,
         summary=f"{_counted(agents)}: {', '.join(parts)}" if agents else "no agent is known",
         obstacles=obstacles,
-        nearest=[_miss(query, one) for one in misfits.nearest],
+        nearest=[_miss(asked, query, one) for one in misfits.nearest],
+        relaxation=None if fitting >= count else relaxation(asked, misfits.relaxed),
     )
 
 
 _AMOUNTS = {
-    "min_gpu_vram_gb": ("too little free VRAM", "free_vram_gb"),
-    "min_single_gpu_vram_gb": ("too little free VRAM on one GPU", "free_single_gpu_vram_gb"),
-    "min_cpu_cores": ("too few free cores", "free_cores"),
-    "min_memory_gb": ("too little free memory", "free_memory_gb"),
+    "min_gpu_vram_gb": "too little free VRAM",
+    "min_single_gpu_vram_gb": "too little free VRAM on one GPU",
+    "min_cpu_cores": "too few free cores",
+    "min_memory_gb": "too little free memory",
 }
 _STATES = {
     "no_metrics": "report no metrics",
@@ -99,35 +74,126 @@ def _needed(query: CapacityQuery, rule: str) -> float | None:
 
 
 def _message(
-    query: CapacityQuery, rule: str, most: float | None = None, hostname: str | None = None
+    asked: Asked,
+    query: CapacityQuery,
+    rule: str,
+    most: float | None = None,
+    hostname: str | None = None,
 ) -> str:
     if rule in _AMOUNTS:
         best = f" (best {_number(most)} of {_number(getattr(query, rule))}" if most else ""
         where = f" on {hostname})" if best and hostname else ")" if best else ""
-        return f"{_AMOUNTS[rule][0]}{best}{where}"
+        return f"{_AMOUNTS[rule]}{best}{where}"
     wanted = {
         "pool_name": f"not in pool {query.pool_name}",
         "agent_type": f"not of type {query.agent_type}",
         "gpu_type": f"without {query.gpu_type} GPUs",
         "capabilities": f"without {' and '.join(query.capabilities)}",
     }
+    if isinstance(asked, CapacityReserve):
+        several = f"{asked.gpus} GPUs, each" if asked.gpus > 1 else "a GPU"
+        wanted["agent_id"] = f"not agent {asked.agent_id}"
+        wanted["gpus"] = f"without {several} with {_number(asked.gpu_vram_gb)} GiB to reserve"
     return wanted.get(rule) or _STATES.get(rule, rule)
 
 
-def _miss(query: CapacityQuery, found: Mapping[str, Any]) -> Miss:
+def _miss(asked: Asked, query: CapacityQuery, found: Mapping[str, Any]) -> Miss:
     return Miss(
         agent_id=found["agent_id"],
         hostname=found["hostname"],
         pool_name=found["pool_name"],
-        reasons=[_reason(query, rule, found) for rule in found["broken"]],
+        reasons=[_reason(asked, query, rule, found) for rule in found["broken"]],
     )
 
 
-def _reason(query: CapacityQuery, rule: str, found: Mapping[str, Any]) -> str:
+def _reason(asked: Asked, query: CapacityQuery, rule: str, found: Mapping[str, Any]) -> str:
     if rule not in _AMOUNTS:
-        return _message(query, rule)
-    name, column = _AMOUNTS[rule]
-    return f"{name} ({_number(found[column])} of {_number(getattr(query, rule))})"
+        return _message(asked, query, rule)
+    return f"{_AMOUNTS[rule]} ({_number(found[rule])} of {_number(getattr(query, rule))})"
+
+
+def relaxation(asked: Asked, found: Mapping[str, Any] | None) -> Relaxation | None:
+    """Return what to ask for instead, so that the agent that misses least is offered.
+
+    Args:
+        asked: The question.
+        found: That agent, and the rules that it breaks; ``None`` where there is none.
+    """
+    if found is None:
+        return None
+    changes: dict[str, Any] = {}
+    for rule in found["broken"]:
+        changes.update(_changes(asked, rule, found, changes))
+    if isinstance(asked, CapacityReserve):
+        changes.update(_fewer(asked, found))
+        try:
+            CapacityReserve.model_validate({**asked.model_dump(), **changes})
+        except ValidationError:
+            return None  # nothing would be left to reserve
+    words = ", ".join(f"{name} {_spoken(value)}" for name, value in changes.items())
+    who = found["hostname"] or f"agent {found['agent_id']}"
+    return Relaxation(
+        changes=changes,
+        agent_id=found["agent_id"],
+        hostname=found["hostname"],
+        message=f"with {words}, {who} would fit",
+    )
+
+
+def _changes(
+    asked: Asked, rule: str, found: Mapping[str, Any], so_far: Mapping[str, Any]
+) -> dict[str, Any]:
+    if rule == "agent_id":
+        return {"agent_id": None}
+    if rule == "gpus":
+        return {"gpus": 1}
+    if rule == "capabilities":
+        return {rule: [word for word in asked.capabilities if word in found["capabilities"]]}
+    if rule not in _AMOUNTS:
+        return {rule: _taken_over(rule, found[rule])}
+    has = found[rule] or 0.0
+    if rule == "min_cpu_cores":
+        most: float = math.floor(has)
+    else:
+        # Nobody reads more digits, and what is shown must be what can be asked for.
+        most = math.floor(has * 1_000) / 1_000
+    changes = {rule: most} if getattr(asked, rule) > most else {}
+    if isinstance(asked, CapacityReserve):
+        name, each = {
+            "min_gpu_vram_gb": ("gpu_vram_gb", math.floor(most / asked.gpus * 1_000) / 1_000),
+            "min_single_gpu_vram_gb": ("gpu_vram_gb", most),
+            "min_cpu_cores": ("cpu_cores", most),
+            "min_memory_gb": ("memory_gb", most),
+        }[rule]
+        if getattr(asked, name) > each:
+            changes[name] = min(each, so_far.get(name, each))
+    return changes
+
+
+def _fewer(asked: CapacityReserve, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one GPU and one agent where it is not known that more of them have so much."""
+    fewer: dict[str, Any] = {"count": 1} if asked.count > 1 else {}
+    if asked.gpus > 1 and {"min_gpu_vram_gb", "min_single_gpu_vram_gb"} & set(found["broken"]):
+        single = math.floor((found["min_single_gpu_vram_gb"] or 0.0) * 1_000) / 1_000
+        fewer |= {"gpus": 1, "gpu_vram_gb": min(asked.gpu_vram_gb, single)}
+    return fewer
+
+
+def _taken_over(rule: str, value: Any) -> Any:
+    """Return an agent's own pool, type or vendor, if it is one that can be asked for."""
+    try:
+        CapacityQuery.model_validate({rule: value})
+    except ValidationError:
+        return None
+    return value
+
+
+def _spoken(value: Any) -> str:
+    if value is None:
+        return "any"
+    if isinstance(value, list):
+        return " and ".join(value) or "none"
+    return _number(value) if isinstance(value, int | float) else str(value)
 
 
 def _number(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""The orchestrator: ingest, sweeper, canary and responder in one process.
+"""The orchestrator: ingest, sweeper, expiry, canary and responder in one process.
 
 Any number may run on one broker and database; any may die at any time. Its connections: one
 consumes and acknowledges, the others publish, since an alarm of the broker stops everything on a
@@ -14,21 +14,26 @@ from typing import Any
 from uuid import uuid4
 
 from chiffon import fleet_metrics, health, metrics, migrations
+from chiffon.bus import Publisher
 from chiffon.capacity import OrchestratorService
 from chiffon.closings import Closings
 from chiffon.dead_letters import DeadLetters
 from chiffon.errors import BusUnavailable
 from chiffon.events import Events
+from chiffon.expiry import Expiry
 from chiffon.exposition import Page, exposing
 from chiffon.ingest import Ingest
 from chiffon.link import Link
 from chiffon.provisioning import ensure
+from chiffon.questions import Questions
 from chiffon.registry import Registry
+from chiffon.reservations import ReservationService
 from chiffon.responder import Responder
 from chiffon.session import Session, dial_any
 from chiffon.settings import Settings, describe
 from chiffon.sweeper import Canary, Sweeper
 from chiffon.topology import canary_key
+from chiffon.waiting import WaitingRoom
 from chiffon.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -70,6 +75,9 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
         )
         answers = await stack.enter_async_context(Link(amqp_url, name=f"{name} answers"))
         dead_letters = DeadLetters(outgoing)
+        confirmed = Publisher(answers)
+        reservations = ReservationService(registry)
+        waiting = WaitingRoom(registry, confirmed)
         events = Events(outgoing)
         ingest = Ingest(
             registry,
@@ -80,8 +88,10 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
             batch_seconds=settings.ingest_batch_seconds,
         )
         responder = Responder(
-            OrchestratorService(registry),
+            Questions(OrchestratorService(registry), reservations, waiting),
+            reservations,
             answers,
+            confirmed,
             dead_letters,
             reply_forms=settings.reply_forms,
         )
@@ -113,8 +123,16 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
             outage_share=settings.outage_share,
             outage_hold_seconds=settings.outage_hold_seconds,
         )
+        expiry = Expiry(
+            registry,
+            events,
+            interval_seconds=settings.sweep_interval_seconds,
+            offline_seconds=settings.reservation_offline_seconds,
+        )
         others = {
             "sweeper": sweeper.run(),
+            "expiry": expiry.run(),
+            "waiting": waiting.run(),
             "canary": Canary(outgoing, orchestrator_id).run(),
             "events": events.run(),
             "closings": closings.run(),

@@ -2,6 +2,8 @@
 
     async with PlannerClient.open("amqp://user:password@host/vhost") as planner:
         offers = await planner.find(CapacityQuery(min_gpu_vram_gb=20))
+        async with planner.reserve(CapacityReserve(holder="me", ...)) as holding:
+            ...
 
 One connection, one server-named reply queue, any number of questions at once. When the line is
 cut, open questions are asked again on the next connection, until their deadline.
@@ -15,7 +17,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from aiormq.abc import DeliveredMessage
 from pydantic import BaseModel
@@ -27,24 +29,44 @@ from chiffon.errors import (
     BadMessage,
     BusRefused,
     BusUnavailable,
+    CapacityError,
     CapacityRefused,
     CapacityTimeout,
+    InsufficientCapacity,
     NoResponders,
     NotTaken,
+    StaleFence,
     Unroutable,
 )
+from chiffon.holding import Holding
 from chiffon.link import Link
 from chiffon.messages import (
     CAPACITY_AGENT,
     CAPACITY_FIND,
     CAPACITY_OFFERS,
+    CAPACITY_RELEASE,
+    CAPACITY_RENEW,
+    CAPACITY_RESERVATION,
+    CAPACITY_RESERVATIONS,
+    CAPACITY_RESERVE,
     CAPACITY_SHOW,
+    CAPACITY_WAIT,
     ERROR,
+    RESERVATION_LIST,
+    RESERVATION_SHOW,
     AgentCapacity,
     CapacityOffers,
     CapacityQuery,
+    CapacityReserve,
     CapacityShow,
+    CapacityWait,
     ErrorReply,
+    Reservation,
+    ReservationList,
+    ReservationRelease,
+    ReservationRenew,
+    Reservations,
+    ReservationShow,
 )
 from chiffon.provisioning import ANSWER_SECONDS, await_exchange
 from chiffon.session import Channel, Session, translated
@@ -57,6 +79,10 @@ REDIAL_CAP_SECONDS = 1.0
 
 ASK_AGAIN_SECONDS = 0.5
 """After a queue did not take a question, and nobody has answered it from another queue."""
+
+ASK_TO_WAIT_AGAIN_SECONDS = 30.0
+WAIT_GRACE_SECONDS = 5.0
+"""For the answer that time is up."""
 
 Answer = TypeVar("Answer", bound=BaseModel)
 
@@ -136,6 +162,141 @@ class PlannerClient:
             raise
 
     @asynccontextmanager
+    async def reserve(
+        self, request: CapacityReserve, *, timeout: float = 5.0, wait_seconds: float = 0.0
+    ) -> AsyncIterator[Holding]:
+        """Hold room while the context is open: it is renewed, and given back at the end.
+
+            async with planner.reserve(request) as holding:
+                ...  # stop when holding.lost is set
+
+        Args:
+            request: What to take. Whoever comes again with its key, after a crash say, gets the
+                same reservation.
+            timeout: Seconds for each question to be answered.
+            wait_seconds: For how long to stand in line if there is no such room now.
+
+        Raises:
+            InsufficientCapacity: Nobody has that room, also after ``wait_seconds``.
+            StaleFence: The key belongs to a reservation that is over.
+            IdempotencyMismatch: The key belongs to another request.
+            NoResponders, CapacityTimeout, CapacityRefused, BusUnavailable: As ``find``.
+        """
+        reservation, sent = await self._reserve_or_wait(request, timeout, wait_seconds)
+        if reservation.ended_at is not None:
+            raise StaleFence(
+                "stale_fence",
+                f"the reservation of idempotency_key {request.idempotency_key} is over:"
+                f" {reservation.reason}; a new intent needs a new key",
+            )
+        held = ReservationRenew(reservation_id=reservation.reservation_id, fence=reservation.fence)
+        holding = Holding(reservation, sent, lambda seconds: self.renew(held, timeout=seconds))
+        keeping = asyncio.create_task(holding.keep(), name=f"holds {reservation.reservation_id}")
+        try:
+            yield holding
+        finally:
+            keeping.cancel()
+            await asyncio.wait({keeping})
+            if not holding.lost.is_set():
+                await self._give_back(holding.reservation, timeout)
+
+    async def take(self, request: CapacityReserve, *, timeout: float = 5.0) -> Reservation:
+        """Take room once, without renewing it: for who renews and releases by itself.
+
+        Raises:
+            InsufficientCapacity: Nobody has that room.
+            IdempotencyMismatch: The key belongs to another request.
+            NoResponders, CapacityTimeout, CapacityRefused, BusUnavailable: As ``find``.
+        """
+        reply = await self._ask(CAPACITY_RESERVE, request, timeout)
+        return _read(reply, CAPACITY_RESERVATION, Reservation)
+
+    async def renew(self, request: ReservationRenew, *, timeout: float = 5.0) -> Reservation:
+        """Let a lease begin anew.
+
+        Raises:
+            ReservationNotFound: There is no such reservation.
+            StaleFence: It is over, or has another fence.
+            NoResponders, CapacityTimeout, CapacityRefused, BusUnavailable: As ``find``.
+        """
+        reply = await self._ask(CAPACITY_RENEW, request, timeout)
+        return _read(reply, CAPACITY_RESERVATION, Reservation)
+
+    async def release(self, request: ReservationRelease, *, timeout: float = 5.0) -> Reservation:
+        """Give room back; raises what ``renew`` does."""
+        reply = await self._ask(CAPACITY_RELEASE, request, timeout)
+        return _read(reply, CAPACITY_RESERVATION, Reservation)
+
+    async def reservation(self, reservation_id: UUID, *, timeout: float = 5.0) -> Reservation:
+        """Return a reservation that is held, or ended within the last day; raises as ``renew``."""
+        question = ReservationShow(reservation_id=reservation_id)
+        reply = await self._ask(RESERVATION_SHOW, question, timeout)
+        return _read(reply, CAPACITY_RESERVATION, Reservation)
+
+    async def reservations(
+        self, wanted: ReservationList | None = None, *, timeout: float = 5.0
+    ) -> Reservations:
+        """Return reservations, newest first; by default those that are held."""
+        question = wanted if wanted is not None else ReservationList()
+        reply = await self._ask(RESERVATION_LIST, question, timeout)
+        return _read(reply, CAPACITY_RESERVATIONS, Reservations)
+
+    async def wait(self, question: CapacityWait) -> CapacityOffers:
+        """Stand in line until something fits, or for ``question.timeout_seconds``.
+
+        The place in the line is kept when the connection is cut, and when the responder dies.
+
+        Returns:
+            The offers; none if time was up.
+
+        Raises:
+            NoResponders, CapacityRefused, BusRefused: As ``find``.
+            CapacityTimeout: Nobody answered, not even that time was up.
+        """
+        deadline = time.monotonic() + question.timeout_seconds
+        wait_id = question.wait_id or uuid4()
+        while True:
+            left = deadline - time.monotonic()
+            asked = question.model_copy(
+                update={"wait_id": wait_id, "timeout_seconds": max(left, 0.001)}
+            )
+            # Asked again now and then: the same wait keeps its place, should it have been lost.
+            is_last = left <= ASK_TO_WAIT_AGAIN_SECONDS
+            patience = max(left, 0.0) + WAIT_GRACE_SECONDS if is_last else ASK_TO_WAIT_AGAIN_SECONDS
+            try:
+                reply = await self._ask(CAPACITY_WAIT, asked, patience)
+                return _read(reply, CAPACITY_OFFERS, CapacityOffers)
+            except CapacityTimeout:
+                if is_last:
+                    raise
+
+    async def _reserve_or_wait(
+        self, request: CapacityReserve, timeout: float, wait_seconds: float
+    ) -> tuple[Reservation, float]:
+        """Return the reservation, and when the request was sent."""
+        deadline = time.monotonic() + wait_seconds
+        wait_id = uuid4()
+        while True:
+            sent = time.monotonic()
+            try:
+                return await self.take(request, timeout=timeout), sent
+            except InsufficientCapacity:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise
+            needs = request.needs().model_dump(exclude={"limit"})
+            await self.wait(CapacityWait(**needs, wait_id=wait_id, timeout_seconds=left))
+
+    async def _give_back(self, reservation: Reservation, timeout: float) -> None:
+        held = ReservationRelease(
+            reservation_id=reservation.reservation_id, fence=reservation.fence
+        )
+        try:
+            await self.release(held, timeout=timeout)
+        except (CapacityError, BusUnavailable) as error:
+            log.warning("not released, its lease ends by itself: %s", error)
+
+    @asynccontextmanager
     async def watch(self, agent_id: UUID | None = None) -> AsyncIterator[AsyncIterator[Event]]:
         """Follow events: ``async with planner.watch() as events: async for event in events``.
 
@@ -167,7 +328,8 @@ class PlannerClient:
                     except NotTaken as error:
                         log.debug("asking again: %s", error)
                     except BusUnavailable as error:
-                        # The line was cut: asking twice harms nobody, a question changes nothing.
+                        # The line was cut: asking twice harms nobody. A question changes nothing,
+                        # a request about a reservation says which one.
                         session.drop(str(error))
                         await asyncio.sleep(0)
         except TimeoutError:
@@ -266,7 +428,7 @@ def _read(reply: DeliveredMessage, kind: str, body: type[Answer]) -> Answer:
     try:
         if answered == ERROR:
             refusal = decode(ErrorReply, reply.body, MAX_REPLY_BYTES)
-            raise CapacityRefused(refusal.code, refusal.message)
+            raise CapacityRefused.of(refusal.code, refusal.message, refusal.details)
         if answered != kind:
             raise BadMessage(f"type {str(answered)[:64]!r} is not {kind}")
         return decode(body, reply.body, MAX_REPLY_BYTES)

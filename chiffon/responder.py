@@ -2,8 +2,9 @@
 
 A question names where its answer goes; only forms that cannot reach somebody's queue are taken.
 Answers are sent without waiting for a confirm and without ``mandatory``, so a planner that has
-gone costs nothing. The question is acknowledged after its answer was sent: if this responder
-dies before, another one gets it.
+gone costs nothing; but for reservations, which are given back if nobody took the answer. The
+question is acknowledged after its answer was sent: if this responder dies before, another one gets
+it.
 """
 
 import asyncio
@@ -11,38 +12,31 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 from aiormq.abc import DeliveredMessage
 from prometheus_client import Counter, Histogram
-from pydantic import BaseModel
 
 from chiffon.bus import Properties, Publisher, acknowledge
-from chiffon.capacity import Capacity
 from chiffon.dead_letters import DeadLetters
 from chiffon.decoding import undecodable
-from chiffon.encoding import MAX_REPLY_BYTES, Refusal, decode, encode
+from chiffon.encoding import MAX_REPLY_BYTES, Refusal, encode
 from chiffon.errors import (
-    AgentNotFoundError,
     BadMessage,
     BusUnavailable,
     CapacityRefused,
+    NotTaken,
     QueueDown,
     RegistryUnavailable,
+    Unroutable,
 )
 from chiffon.link import Link
-from chiffon.messages import (
-    CAPACITY_AGENT,
-    CAPACITY_FIND,
-    CAPACITY_OFFERS,
-    CAPACITY_SHOW,
-    ERROR,
-    CapacityQuery,
-    CapacityShow,
-    ErrorCode,
-    ErrorReply,
-)
+from chiffon.messages import ERROR, ErrorReply
 from chiffon.metrics import SECONDS
 from chiffon.provisioning import bind, declare_queue
+from chiffon.questions import KINDS, Origin, Questions, refusal
+from chiffon.registry.ledger import Claim
+from chiffon.reservations import ReservationService
 from chiffon.session import Channel, Session, translated
 from chiffon.topology import (
     CAPACITY,
@@ -60,8 +54,8 @@ log = logging.getLogger(__name__)
 
 QUESTIONS = Counter(
     "chiffon_questions",
-    "Capacity questions by their type and what came of them: answered, the code of a refusal, "
-    "dead_lettered, dropped as their planner had stopped waiting, or unsent.",
+    "Capacity questions by their type and what came of them: answered, waits, the code of a "
+    "refusal, dead_lettered, dropped as their planner had stopped waiting, or unsent.",
     ["type", "outcome"],
 )
 ANSWERED_IN = Histogram(
@@ -85,26 +79,32 @@ class Responder:
     """Answers what the queue ``chiffon.capacity`` holds.
 
     Args:
-        capacity: Who knows the answers.
+        questions: Who knows the answers.
+        reservations: Who takes room back that was given and not taken.
         answers: A connection for answers and nothing else. Where an answer goes is the planner's
             word: the broker may refuse it and close the connection, which must not cost canary
             and dead letters theirs.
+        confirmed: Publishes with confirms, so that it is known what nobody took.
         dead_letters: Where questions go that name no place for an answer.
         reply_forms: Which forms of ``reply_to`` are written to.
     """
 
     def __init__(
         self,
-        capacity: Capacity,
+        questions: Questions,
+        reservations: ReservationService,
         answers: Link,
+        confirmed: Publisher,
         dead_letters: DeadLetters,
         *,
         reply_forms: Sequence[str] = REPLY_FORMS,
     ) -> None:
-        self._capacity = capacity
+        self._questions = questions
+        self._reservations = reservations
         self._reply_forms = tuple(reply_forms)
         self._answers = answers
         self._replies = Publisher(answers, confirms=False)
+        self._confirmed = confirmed
         self._dead_letters = dead_letters
         self._queue = CAPACITY_QUEUE
         self._session: Session | None = None
@@ -201,30 +201,50 @@ class Responder:
         if time.monotonic() - received > patience:
             QUESTIONS.labels(asked, "dropped").inc()
             return  # it waited here for too long: whoever asked has stopped waiting
-        kind, outcome, body = await self._reply(message)
+        answer = await self._reply(message, exchange, key)
+        if answer is None:
+            QUESTIONS.labels(asked, "waits").inc()
+            return
         if time.monotonic() - received > patience:
             QUESTIONS.labels(asked, "dropped").inc()
             log.info("dropped an answer: its planner stopped waiting after %g s", patience)
+            await self._give_back(answer)
             return
+        # Whether a reservation reached its holder must be known; of other answers it need not.
+        publisher = self._replies if answer.claim is None else self._confirmed
         try:
-            await self._replies.publish(
-                body,
+            await publisher.publish(
+                answer.body,
                 exchange=exchange,
                 routing_key=key,
                 properties=Properties(
-                    message_type=kind,
+                    message_type=answer.kind,
                     content_type="application/json",
                     correlation_id=properties.correlation_id,
                 ),
                 timeout=SEND_SECONDS,
-                mandatory=False,
+                mandatory=answer.claim is not None,
             )
             self._answers.works()
-            QUESTIONS.labels(asked, outcome).inc()
+            QUESTIONS.labels(asked, answer.outcome).inc()
             ANSWERED_IN.labels(asked).observe(time.monotonic() - received)
+        except (Unroutable, NotTaken) as error:
+            QUESTIONS.labels(asked, "unsent").inc()
+            log.warning("nobody took an answer: %s", error)
+            await self._give_back(answer)
         except BusUnavailable as error:
+            # It may have arrived: a reservation is kept, for its holder to ask again or to lapse.
             QUESTIONS.labels(asked, "unsent").inc()
             log.warning("dropped an answer: %s", error)
+
+    async def _give_back(self, answer: "_Answer") -> None:
+        if answer.claim is None:
+            return
+        try:
+            if await self._reservations.undelivered(answer.claim):
+                log.info("released %s: undelivered", answer.claim.reservation.reservation_id)
+        except RegistryUnavailable as error:
+            log.warning("an undelivered reservation waits for its lease to end: %s", error)
 
     async def _set_aside(self, message: DeliveredMessage, reason: str) -> None:
         QUESTIONS.labels(_type(message), "dead_lettered").inc()
@@ -234,52 +254,44 @@ class Responder:
         except BusUnavailable as error:
             log.warning("the dead letter was not confirmed: %s", error)
 
-    async def _reply(self, message: DeliveredMessage) -> tuple[str, str, bytes]:
-        """Return the type of the reply, what came of the question, and the body."""
-        kind, reply = await self._ask_or_refuse(message)
-        body = encode(reply)
-        if len(body) > MAX_REPLY_BYTES:
-            kind, reply = _error(
-                "invalid_request", "the answer is too large: ask for a lower limit"
-            )
-            body = encode(reply)
-        return kind, reply.code if isinstance(reply, ErrorReply) else "answered", body
-
-    async def _ask_or_refuse(self, message: DeliveredMessage) -> tuple[str, BaseModel]:
+    async def _reply(self, message: DeliveredMessage, exchange: str, key: str) -> "_Answer | None":
+        """Return the answer; ``None`` if whoever asked waits for it now."""
+        properties = message.header.properties
+        origin = Origin(exchange, key, properties.correlation_id)
         try:
             _refuse_late(message)
-            return await self._ask(message)
-        except CapacityRefused as error:
-            return _error("expired", error)
-        except BadMessage as error:
-            is_unknown = error.code == "unsupported_type"
-            return _error("unsupported_type" if is_unknown else "invalid_request", error)
-        except AgentNotFoundError as error:
-            return _error("agent_not_found", error, agent_id=str(error.agent_id))
-        except RegistryUnavailable as error:
-            log.warning("cannot answer: %s", error)
-            return _error("unavailable", error)
+            answered = await self._questions.answer(properties.message_type, message.body, origin)
         except Exception as error:
-            log.exception("a capacity question failed")
-            return _error("internal", f"the responder failed: {type(error).__name__}; see its log")
+            answered = ERROR, refusal(error)
+        if answered is None:
+            return None
+        kind, reply = answered
+        claim = reply if isinstance(reply, Claim) else None
+        said = reply.reservation if isinstance(reply, Claim) else reply
+        body = encode(said)
+        if len(body) > MAX_REPLY_BYTES:
+            kind, said = (
+                ERROR,
+                refusal(BadMessage("the answer is too large: ask for a lower limit")),
+            )
+            body = encode(said)
+        outcome = said.code if isinstance(said, ErrorReply) else "answered"
+        return _Answer(kind, outcome, body, claim)
 
-    async def _ask(self, message: DeliveredMessage) -> tuple[str, BaseModel]:
-        kind = message.header.properties.message_type
-        if kind == CAPACITY_FIND:
-            return CAPACITY_OFFERS, await self._capacity.find(decode(CapacityQuery, message.body))
-        if kind == CAPACITY_SHOW:
-            question = decode(CapacityShow, message.body)
-            return CAPACITY_AGENT, await self._capacity.show(question.agent_id)
-        raise BadMessage(f"type {str(kind)[:64]!r} is not a capacity question", "unsupported_type")
 
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What is sent back; ``claim`` is the reservation that it tells of, if it made one."""
 
-def _error(code: ErrorCode, message: object, **details: str) -> tuple[str, ErrorReply]:
-    return ERROR, ErrorReply(code=code, message=str(message), details=details)
+    kind: str
+    outcome: str
+    body: bytes
+    claim: Claim | None
 
 
 def _type(message: DeliveredMessage) -> str:
     kind = message.header.properties.message_type
-    return kind if kind in (CAPACITY_FIND, CAPACITY_SHOW) else "other"
+    return kind if kind in KINDS else "other"
 
 
 def _patience_seconds(message: DeliveredMessage) -> float:

@@ -93,6 +93,13 @@ class Settings(BaseSettings):
     sweep_interval_seconds: float = Field(1.0, ge=0.1, le=60, allow_inf_nan=False)
     outage_share: float = Field(0.55, gt=0, le=1, allow_inf_nan=False)
     outage_hold_seconds: float = Field(600.0, ge=0, le=86_400, allow_inf_nan=False)
+    reservation_offline_seconds: float = Field(
+        300.0,
+        ge=0,
+        le=86_400,
+        allow_inf_nan=False,
+        description="For how long what is reserved on an agent outlives its going offline.",
+    )
     reply_forms: Words = Field(
         default_factory=lambda: list(REPLY_FORMS),
         description="Which forms of reply_to the responder writes to.",

@@ -9,6 +9,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     Boolean,
     CheckConstraint,
@@ -16,9 +17,14 @@ from sqlalchemy import (
     Computed,
     DateTime,
     Float,
+    Identity,
     Index,
+    Integer,
+    LargeBinary,
     SmallInteger,
     Text,
+    UniqueConstraint,
+    Uuid,
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
@@ -103,7 +109,9 @@ class AgentRegistry(SQLModel, table=True):
     clock. (``incarnation``, ``sequence``) is the order of the heartbeat that the row holds;
     ``lower_incarnations`` counts those of an earlier start that came since. The
     ``free_*`` columns and ``metrics_sound`` are computed from ``resource_metrics`` by PostgreSQL,
-    so that rows which others write are found by the same index.
+    so that rows which others write are found by the same index. ``held`` is what is reserved on
+    the agent, by reservation; ``room`` is what that leaves of VRAM, VRAM on one GPU, cores and
+    memory. Both are NULL where nothing is reserved.
     """
 
     __tablename__ = "agent_registry"
@@ -116,8 +124,8 @@ class AgentRegistry(SQLModel, table=True):
         # The order of the offers: a capacity query reads this index from its start and stops.
         Index(
             "idx_agent_registry_offers",
-            text("free_vram_gb DESC"),
-            text("free_cores DESC"),
+            text("coalesce(room[1], free_vram_gb) DESC"),
+            text("coalesce(room[3], free_cores) DESC"),
             text("performance_score DESC"),
             "agent_id",
             postgresql_where=text("status = 'online' AND metrics_sound"),
@@ -127,6 +135,7 @@ class AgentRegistry(SQLModel, table=True):
             "agent_id",
             postgresql_where=text("NOT metrics_sound"),
         ),
+        Index("idx_agent_registry_held", "agent_id", postgresql_where=text("held IS NOT NULL")),
     )
 
     agent_id: UUID = Field(default_factory=uuid4, primary_key=True)
@@ -145,6 +154,9 @@ class AgentRegistry(SQLModel, table=True):
     interval_seconds: float = Field(default=5.0, sa_column=_number("5"))
     lease_seconds: float = Field(default=15.0, sa_column=_number("15"))
     drained: bool = Field(default=False, sa_column=_flag("false"))
+    drain_reason: str | None = Field(default=None, sa_type=Text)
+    drained_at: datetime | None = Field(default=None, sa_column=_moment())
+    drain_deadline: datetime | None = Field(default=None, sa_column=_moment())
     status_reason: str | None = Field(default=None, sa_type=Text)
     status_changed_at: datetime | None = Field(default=None, sa_column=_moment())
     lower_incarnations: int = Field(default=0, sa_column=_order())
@@ -163,6 +175,17 @@ class AgentRegistry(SQLModel, table=True):
     )
     metrics_sound: bool | None = Field(
         default=None, sa_column=Column(Boolean, Computed(sound_sql(), persisted=True))
+    )
+    held: dict[str, Any] | None = Field(default=None, sa_column=Column(JSONB))
+    room: list[float] | None = Field(
+        default=None,
+        sa_column=Column(
+            ARRAY(Float),
+            Computed(
+                "CASE WHEN held IS NOT NULL THEN chiffon_room_left(resource_metrics, held) END",
+                persisted=True,
+            ),
+        ),
     )
 
 
@@ -199,3 +222,67 @@ class PoolState(SQLModel, table=True):
     pool_name: str = Field(sa_column=Column(Text, primary_key=True))
     frozen_at: datetime = Field(sa_column=_moment(nullable=False))
     thawed_at: datetime | None = Field(default=None, sa_column=_moment())
+
+
+class Reservation(SQLModel, table=True):
+    """Room that a planner holds, or held: kept for a day after its end, for who asks again.
+
+    ``asked`` counts how often it was asked for, so that an answer that nobody took ends it only if
+    nobody has asked again since. ``fence`` grows with every reservation.
+    """
+
+    __tablename__ = "reservation"
+    __table_args__ = (
+        CheckConstraint(
+            "state IN ('held', 'released', 'expired', 'revoked')", name="reservation_state_is_known"
+        ),
+        CheckConstraint(
+            "(state = 'held') = (ended_at IS NULL)", name="reservation_ended_has_a_time"
+        ),
+        UniqueConstraint("holder", "idempotency_key", name="reservation_key"),
+        UniqueConstraint("fence", name="reservation_fence_is_unique"),
+        Index("idx_reservation_held", "expires_at", postgresql_where=text("state = 'held'")),
+        Index("idx_reservation_ended", "ended_at", postgresql_where=text("state <> 'held'")),
+    )
+
+    reservation_id: UUID = Field(primary_key=True)
+    holder: str = Field(sa_type=Text)
+    idempotency_key: UUID | None = None
+    request_hash: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    state: str = Field(
+        default="held", sa_column=Column(Text, nullable=False, server_default="held")
+    )
+    reason: str | None = Field(default=None, sa_type=Text)
+    fence: int = Field(sa_column=Column(BigInteger, nullable=False))
+    lease_seconds: float
+    created_at: datetime = Field(sa_column=_moment(nullable=False))
+    expires_at: datetime = Field(sa_column=_moment(nullable=False))
+    ended_at: datetime | None = Field(default=None, sa_column=_moment())
+    asked: int = Field(
+        default=1, sa_column=Column(Integer, nullable=False, server_default=text("1"))
+    )
+    gpu_vram_gb: float
+    cpu_cores: int
+    memory_gb: float
+    agent_ids: list[UUID] = Field(sa_column=Column(ARRAY(Uuid), nullable=False))
+    places: list[dict[str, Any]] = Field(sa_column=Column(JSONB, nullable=False))
+    alternative: int = Field(
+        default=0, sa_column=Column(Integer, nullable=False, server_default=text("0"))
+    )
+
+
+class CapacityWait(SQLModel, table=True):
+    """Who waits for room, in the order of ``place``, and where the answer goes.
+
+    Whoever answers takes it for some seconds, until ``answering_until``: if nobody has removed the
+    row by then, another one answers.
+    """
+
+    __tablename__ = "capacity_wait"
+
+    wait_id: UUID = Field(primary_key=True)
+    place: int = Field(sa_column=Column(BigInteger, Identity(), nullable=False, unique=True))
+    question: dict[str, Any] = Field(sa_column=Column(JSONB, nullable=False))
+    deadline: datetime = Field(sa_column=_moment(nullable=False))
+    reply: dict[str, Any] = Field(sa_column=Column(JSONB, nullable=False))
+    answering_until: datetime | None = Field(default=None, sa_column=_moment())

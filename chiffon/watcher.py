@@ -1,4 +1,4 @@
-"""Following events: agents that came, went or became busy; pools that fell silent."""
+"""Following events: what changed with agents, pools and reservations."""
 
 import asyncio
 import logging
@@ -12,7 +12,14 @@ from aiormq.abc import DeliveredMessage
 from chiffon.encoding import decode
 from chiffon.errors import BadMessage
 from chiffon.link import Link
-from chiffon.messages import AGENT_EVENT, FLEET_EVENT, AgentEvent, FleetEvent
+from chiffon.messages import (
+    AGENT_EVENT,
+    FLEET_EVENT,
+    RESERVATION_EVENT,
+    AgentEvent,
+    FleetEvent,
+    ReservationEvent,
+)
 from chiffon.provisioning import await_exchange
 from chiffon.session import Session, translated
 from chiffon.topology import EVENTS
@@ -23,7 +30,7 @@ MOST_WAITING = 10_000
 ANSWER_SECONDS = 5.0
 REDIAL_CAP_SECONDS = 5.0
 
-Event = AgentEvent | FleetEvent
+Event = AgentEvent | FleetEvent | ReservationEvent
 
 
 @asynccontextmanager
@@ -38,7 +45,8 @@ async def following(
     Args:
         url: The broker; several hosts allowed.
         name: Of the connection.
-        agent_id: Only this agent's; default: every agent's, and those of pools.
+        agent_id: Only this agent's; default: every agent's, those of pools, and
+            those of reservations.
 
     Raises:
         BadConfiguration: Not an AMQP URL.
@@ -46,7 +54,7 @@ async def following(
     """
     waiting: deque[Event] = deque(maxlen=MOST_WAITING)
     arrived = asyncio.Event()
-    keys = ["agent.#", "fleet.#"] if agent_id is None else [f"agent.{agent_id}.*"]
+    keys = ["agent.#", "fleet.#", "reservation.#"] if agent_id is None else [f"agent.{agent_id}.*"]
 
     async def take(message: DeliveredMessage) -> None:
         try:
@@ -98,4 +106,6 @@ def _read(message: DeliveredMessage) -> Event:
         return decode(AgentEvent, message.body)
     if kind == FLEET_EVENT:
         return decode(FleetEvent, message.body)
+    if kind == RESERVATION_EVENT:
+        return decode(ReservationEvent, message.body)
     raise BadMessage(f"type {str(kind)[:64]!r} is none of an event")

@@ -7,7 +7,6 @@ from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from chiffon.capacity import OrchestratorService
-from chiffon.explanation import Explanation
 from chiffon.fleet import Agent, AgentPage, Fleet
 from chiffon.gateway import examples
 from chiffon.gateway.history import History, Reading
@@ -19,6 +18,7 @@ from chiffon.messages import (
     AgentType,
     CapacityOffers,
     CapacityQuery,
+    Explanation,
     Offer,
 )
 

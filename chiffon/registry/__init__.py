@@ -17,8 +17,9 @@ from asyncpg.pool import PoolConnectionProxy
 
 from chiffon import liveness
 from chiffon.errors import TablesMissing
-from chiffon.messages import CapacityQuery, StatusUpdate
+from chiffon.messages import CapacityQuery, CapacityReserve, StatusUpdate
 from chiffon.registry.connection import ANSWER_SECONDS, answering, asyncpg_url
+from chiffon.registry.offers import EXPLAIN, FIND, RULES
 from chiffon.registry.rows import (
     AgentRow,
     Closing,
@@ -34,20 +35,19 @@ from chiffon.registry.rows import (
 )
 from chiffon.registry.statements import (
     COUNT_LOWER_INCARNATIONS,
-    EXPLAIN,
-    FIND,
+    DRAIN,
     FORGET,
     FORGET_EMPTY_POOLS,
     LIST,
     MARK_PATH_FRESH,
     MARK_SILENT,
     RECORD,
-    RULES,
     SETTLE_GRACE,
     SHOW,
     SHOW_MANY,
     SUMMARY,
     THAW,
+    UNDRAIN,
     VERSIONS,
 )
 
@@ -152,7 +152,7 @@ class Registry:
 
     async def count_lower_incarnations(self, agent_ids: Sequence[UUID]) -> None:
         """Note with each of these agents that a heartbeat of an earlier start came once more."""
-        await self._fetch(COUNT_LOWER_INCARNATIONS, agent_ids)
+        await self.fetch(COUNT_LOWER_INCARNATIONS, agent_ids)
 
     async def mark_path_fresh(self, received: float, delay_seconds: float | None = None) -> None:
         """Note that a canary went the whole way to the database.
@@ -193,9 +193,9 @@ class Registry:
         Returns:
             What changed; empty almost always.
         """
-        await self._fetch(SETTLE_GRACE)
-        thawed = await self._fetch(THAW, liveness.OUTAGE_OVER_SHARE)
-        rows = await self._fetch(
+        await self.fetch(SETTLE_GRACE)
+        thawed = await self.fetch(THAW, liveness.OUTAGE_OVER_SHARE)
+        rows = await self.fetch(
             MARK_SILENT,
             share,
             liveness.OUTAGE_FEWEST,
@@ -225,7 +225,7 @@ class Registry:
             query: The needs.
             most: How many rows to return at most.
         """
-        rows = await self._fetch(FIND, *_arguments(query, most))
+        rows = await self.fetch(FIND, *asked(query, most))
         header = rows[0]
         return Found(
             as_of=header["as_of"],
@@ -234,30 +234,38 @@ class Registry:
             rows=[row for row in rows if row["agent_id"] is not None],
         )
 
-    async def explain(self, query: CapacityQuery, most: int) -> Misfits:
+    async def explain(
+        self, query: CapacityQuery, most: int, reserve: CapacityReserve | None = None
+    ) -> Misfits:
         """Return which of the rules of an offer agents break, by a look at every one of them.
 
         Args:
             query: The needs.
             most: How many of the nearest misses to name at most.
+            reserve: What is to be reserved; its needs are in ``query``.
         """
-        [row] = await self._fetch(EXPLAIN, *_arguments(query, most))
+        [row] = await self.fetch(EXPLAIN, *asked(query, most), *taken(reserve))
         order = {rule: place for place, rule in enumerate(RULES)}
         counts = [
             (one["rule"], one["agents"], one["most"], one["hostname"])
             for one in json.loads(row["counts"] or "[]")
         ]
         counts.sort(key=lambda one: -1 if one[0] is None else order[one[0]])
-        return Misfits(row["as_of"], counts, json.loads(row["nearest"] or "[]"))
+        return Misfits(
+            row["as_of"],
+            counts,
+            json.loads(row["nearest"] or "[]"),
+            json.loads(row["relaxed"] or "null"),
+        )
 
     async def show(self, agent_id: UUID) -> AgentRow | None:
         """Return one agent, or ``None`` if there is no such agent."""
-        rows = await self._fetch(SHOW, agent_id)
+        rows = await self.fetch(SHOW, agent_id)
         return _agent(rows[0]) if rows else None
 
     async def show_many(self, agent_ids: Sequence[UUID]) -> list[AgentRow]:
         """Return these agents, in no order, without those that are not there."""
-        return [_agent(row) for row in await self._fetch(SHOW_MANY, agent_ids)]
+        return [_agent(row) for row in await self.fetch(SHOW_MANY, agent_ids)]
 
     async def list_agents(
         self,
@@ -278,16 +286,16 @@ class Registry:
             most: How many at most; ``None`` for all.
         """
         place = after or (None, None, None)
-        rows = await self._fetch(LIST, status, pool_name, agent_type, *place, most)
+        rows = await self.fetch(LIST, status, pool_name, agent_type, *place, most)
         return [_agent(row) for row in rows]
 
     async def versions(self) -> dict[UUID, str]:
         """Return every agent's id, with a mark that is another one after each change of its row."""
-        return {row["agent_id"]: row["version"] for row in await self._fetch(VERSIONS)}
+        return {row["agent_id"]: row["version"] for row in await self.fetch(VERSIONS)}
 
     async def summary(self) -> FleetSummary:
         """Return the fleet in numbers."""
-        [row] = await self._fetch(SUMMARY)
+        [row] = await self.fetch(SUMMARY)
         return FleetSummary(
             as_of=row["as_of"],
             degraded=row["degraded"],
@@ -304,14 +312,35 @@ class Registry:
         Returns:
             Those that were there.
         """
-        rows = await self._fetch(FORGET, agent_ids)
-        await self._fetch(FORGET_EMPTY_POOLS)
+        rows = await self.fetch(FORGET, agent_ids)
+        await self.fetch(FORGET_EMPTY_POOLS)
         return [row["agent_id"] for row in rows]
+
+    async def drain(
+        self, agent_id: UUID, reason: str | None = None, deadline_seconds: float | None = None
+    ) -> AgentRow | None:
+        """Give an agent no more offers and reservations, whatever it reports.
+
+        Args:
+            agent_id: Whom.
+            reason: For people.
+            deadline_seconds: When what is still reserved on it is ended; ``None``: never.
+
+        Returns:
+            The agent as it is now, or ``None`` if there is no such agent.
+        """
+        await self.fetch(DRAIN, agent_id, reason, deadline_seconds)
+        return await self.show(agent_id)
+
+    async def undrain(self, agent_id: UUID) -> AgentRow | None:
+        """Offer an agent again; returns as ``drain`` does."""
+        await self.fetch(UNDRAIN, agent_id)
+        return await self.show(agent_id)
 
     async def revision(self) -> str | None:
         """Return the revision of the database's structure, ``None`` where there is none yet."""
         try:
-            rows = await self._fetch("SELECT version_num FROM alembic_version")
+            rows = await self.fetch("SELECT version_num FROM alembic_version")
         except TablesMissing:
             return None
         return rows[0]["version_num"] if rows else None
@@ -322,12 +351,14 @@ class Registry:
             async with self._pool.acquire(timeout=ANSWER_SECONDS) as connection:
                 yield connection
 
-    async def _fetch(self, statement: str, *arguments: Any) -> list[asyncpg.Record]:
+    async def fetch(self, statement: str, *arguments: Any) -> list[asyncpg.Record]:
+        """Run one statement of this package, on a connection and in a transaction of its own."""
         async with self._connection() as connection:
             return await connection.fetch(statement, *arguments)
 
 
-def _arguments(query: CapacityQuery, most: int) -> tuple[Any, ...]:
+def asked(query: CapacityQuery, most: int) -> tuple[Any, ...]:
+    """Return the arguments of a statement that looks for offers, at most so many."""
     return (
         query.min_gpu_vram_gb,
         query.min_cpu_cores,
@@ -338,6 +369,19 @@ def _arguments(query: CapacityQuery, most: int) -> tuple[Any, ...]:
         json.dumps(query.capabilities),
         most,
         query.min_single_gpu_vram_gb,
+    )
+
+
+def taken(reserve: CapacityReserve | None) -> tuple[Any, ...]:
+    """Return the arguments that follow them: what is to be taken on each agent."""
+    if reserve is None:
+        return (None, 0, 0.0, 0.0, 0.0)
+    return (
+        reserve.agent_id,
+        reserve.gpus,
+        reserve.gpu_vram_gb,
+        float(reserve.cpu_cores),
+        reserve.memory_gb,
     )
 
 
@@ -373,6 +417,7 @@ def _agent(row: asyncpg.Record) -> AgentRow:
         [word for word in words if isinstance(word, str)] if isinstance(words, list) else []
     )
     fields["resource_metrics"] = document(fields["resource_metrics"])
+    fields["held"] = document(fields["held"] or "{}")
     if fields["age_seconds"] is not None:
         fields["age_seconds"] = max(fields["age_seconds"], 0.0)
     return AgentRow(**fields)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -123,6 +123,13 @@ class AgentRow:
     clock_skew_seconds: float | None
     queue_delay_seconds: float | None
     is_silent: bool
+    drain_reason: str | None = None
+    drained_at: datetime | None = None
+    drain_deadline: datetime | None = None
+    held: dict[str, Any] = field(default_factory=dict)
+    """What is reserved on it, by the ids of the reservations."""
+    room: list[float] | None = None
+    """What is left of VRAM, VRAM on one GPU, cores and memory, if anything is reserved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +162,11 @@ class Misfits:
 
     ``counts``: how many fail each rule first, in the order of the rules; of a rule about an
     amount, the most that one of them has, and its host. ``None`` counts those that fit.
-    ``nearest``: who fails the fewest rules, with the names of those.
+    ``nearest``: who fails the fewest rules, with the names of those. ``relaxed``: who of those that
+    fail only rules of the question does so by the least.
     """
 
     as_of: datetime
     counts: list[tuple[str | None, int, float | None, str | None]]
     nearest: list[dict[str, Any]]
+    relaxed: dict[str, Any] | None = None

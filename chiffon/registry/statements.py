@@ -1,5 +1,7 @@
 """The SQL of the registry. Times are the database's; agents are locked in the order of ids."""
 
+from chiffon.registry.offers import DEGRADED, FRESH
+
 # The arithmetic of liveness.py, in SQL: a lease, four thirds of it before an agent is marked
 # offline, and 5 s for which a canary proves the path. The tests compare the two.
 
@@ -69,6 +71,19 @@ RETURNING agent_id
 FORGET_EMPTY_POOLS = """
 DELETE FROM pool_state s
  WHERE NOT EXISTS (SELECT FROM agent_registry r WHERE r.pool_name = s.pool_name)
+"""
+
+DRAIN = """
+UPDATE agent_registry SET drained = true, drain_reason = $2,
+       drained_at = CASE WHEN drained THEN drained_at ELSE statement_timestamp() END,
+       drain_deadline = statement_timestamp() + $3::float8 * interval '1 second'
+ WHERE agent_id = $1
+"""
+
+UNDRAIN = """
+UPDATE agent_registry
+   SET drained = false, drain_reason = NULL, drained_at = NULL, drain_deadline = NULL
+ WHERE agent_id = $1
 """
 
 MARK_PATH_FRESH = """
@@ -226,119 +241,15 @@ UNION ALL
 SELECT NULL, NULL, pool_name, NULL FROM frozen
 """
 
-_DEGRADED = """coalesce((SELECT fresh_at <= statement_timestamp() - interval '5 seconds'
-                       OR grace_until > statement_timestamp() FROM ingest_path), true)"""
-
-# Statements below are put together from constants of this file, and from nothing else.
-
-# The rules of an offer, each by its name. FIND offers who keeps all of them, EXPLAIN tells which
-# of them somebody breaks.
-_SCOPE = {
-    "pool_name": "($5::text IS NULL OR r.pool_name = $5)",
-    "agent_type": "($4::text IS NULL OR r.agent_type = $4)",
-    "gpu_type": "($6::text IS NULL OR r.resource_metrics ->> 'gpu_type' = $6)",
-    "capabilities": "r.capabilities @> $7::jsonb",
-}
-_FRESH = (
-    "r.last_heartbeat_at > statement_timestamp() - r.lease_seconds * interval '1 second'"
-    " AND r.last_heartbeat_at < statement_timestamp() + interval '5 seconds'"
-)
-_NEEDS = {
-    "min_gpu_vram_gb": "r.free_vram_gb >= $1",
-    "min_single_gpu_vram_gb": "r.free_single_gpu_vram_gb >= $9",
-    "min_cpu_cores": "r.free_cores >= $2",
-    "min_memory_gb": "r.free_memory_gb >= $3",
-}
-_STATE = {
-    "offline": "r.status <> 'offline'",
-    "busy": "r.status <> 'busy'",
-    "drained": "NOT r.drained",
-    "silent": _FRESH,
-    "no_metrics": "r.metrics_sound IS NOT NULL",
-    "malformed_metrics": "coalesce(r.metrics_sound, true)",
-}
-_FREE = {
-    "min_gpu_vram_gb": "free_vram_gb",
-    "min_single_gpu_vram_gb": "free_single_gpu_vram_gb",
-    "min_cpu_cores": "free_cores",
-    "min_memory_gb": "free_memory_gb",
-}
-
-FIND = f"""
-WITH header AS (
-  SELECT statement_timestamp() AS as_of,
-         {_DEGRADED}
-           OR EXISTS (SELECT FROM pool_state WHERE thawed_at IS NULL
-                         AND ($5::text IS NULL OR pool_name = $5)) AS degraded,
-         ARRAY(SELECT agent_id FROM agent_registry
-                WHERE NOT metrics_sound AND status = 'online' LIMIT 10
-              ) AS malformed
-), offers AS (
-  SELECT r.agent_id, r.agent_type, r.pool_name, r.hostname, r.status, r.resource_metrics,
-         r.performance_score, r.last_heartbeat_at, r.free_vram_gb, r.free_cores
-    FROM agent_registry r
-   WHERE r.status = 'online' AND r.metrics_sound AND NOT r.drained AND {_FRESH}
-     AND {" AND ".join([*_NEEDS.values(), *_SCOPE.values()])}
-   ORDER BY r.free_vram_gb DESC, r.free_cores DESC, r.performance_score DESC, r.agent_id
-   LIMIT $8
-)
-SELECT header.*, offers.*,
-       extract(epoch FROM header.as_of - offers.last_heartbeat_at)::float8 AS age_seconds
-  FROM header LEFT JOIN offers ON true
- ORDER BY free_vram_gb DESC, free_cores DESC, performance_score DESC, agent_id
-"""  # noqa: S608
-
-_RULES = {**_SCOPE, **_STATE, **_NEEDS}
-RULES = tuple(_RULES)
-_JUDGED = ", ".join(
-    f"CASE WHEN NOT coalesce({rule}, false) THEN '{name}' END" for name, rule in _RULES.items()
-)
-
-
-def _shown(free: str, *keys: str) -> str:
-    """Return the SQL for what people are told of an amount: unknown counts as 0, and is not 0."""
-    kinds = ", ".join(f"jsonb_typeof(r.resource_metrics -> '{key}')" for key in keys)
-    return f"CASE WHEN 'number' IN ({kinds}) THEN r.{free} END AS {free}"
-
-
-_SHOWN = ", ".join(
-    [
-        _shown("free_vram_gb", "gpu_vram_available_gb"),
-        _shown("free_single_gpu_vram_gb", "gpu_vram_max_available_gb", "gpu_vram_available_gb"),
-        _shown("free_cores", "cpu_cores_available"),
-        _shown("free_memory_gb", "memory_available_gb"),
-    ]
-)
-_HAS = " ".join(f"WHEN '{name}' THEN {free}" for name, free in _FREE.items())
-
-EXPLAIN = f"""
-WITH judged AS MATERIALIZED (
-  SELECT r.agent_id, r.hostname, r.pool_name, {_SHOWN},
-         r.free_vram_gb AS first, r.free_cores AS second,
-         array_remove(ARRAY[{_JUDGED}], NULL) AS broken
-    FROM agent_registry r
-), counted AS (
-  SELECT broken[1] AS rule, count(*) AS agents, max(has) AS most,
-         (array_agg(hostname ORDER BY has DESC NULLS LAST))[1] AS hostname
-    FROM (SELECT *, CASE broken[1] {_HAS} END AS has FROM judged) j GROUP BY broken[1]
-), nearest AS (
-  SELECT * FROM judged WHERE broken <> '{{}}'
-   ORDER BY cardinality(broken), first DESC, second DESC, agent_id LIMIT $8
-)
-SELECT statement_timestamp() AS as_of,
-       (SELECT json_agg(counted) FROM counted) AS counts,
-       (SELECT json_agg(nearest) FROM nearest) AS nearest
-"""  # noqa: S608
-
 SUMMARY = f"""
 SELECT statement_timestamp() AS as_of,
-       {_DEGRADED} OR EXISTS (SELECT FROM pool_state WHERE thawed_at IS NULL) AS degraded,
+       {DEGRADED} OR EXISTS (SELECT FROM pool_state WHERE thawed_at IS NULL) AS degraded,
        ARRAY(SELECT pool_name FROM pool_state WHERE thawed_at IS NULL ORDER BY pool_name)
          AS frozen_pools,
        (SELECT coalesce(json_object_agg(status, agents), '{{}}') FROM (
          SELECT status, count(*) AS agents FROM agent_registry GROUP BY status) s) AS agents,
        (SELECT count(*) FROM agent_registry r
-         WHERE r.status IN ('online', 'busy') AND NOT coalesce({_FRESH}, false)) AS silent
+         WHERE r.status IN ('online', 'busy') AND NOT coalesce({FRESH}, false)) AS silent
 """  # noqa: S608
 
 _AGENT = f"""
@@ -349,7 +260,8 @@ SELECT r.agent_id, r.agent_type, r.pool_name, r.capabilities, r.status, r.hostna
        extract(epoch FROM statement_timestamp() - r.last_heartbeat_at)::float8 AS age_seconds,
        extract(epoch FROM r.sent_at - r.last_heartbeat_at)::float8 AS clock_skew_seconds,
        (SELECT queue_delay_seconds FROM ingest_path) AS queue_delay_seconds,
-       NOT coalesce({_FRESH}, false) AS is_silent
+       NOT coalesce({FRESH}, false) AS is_silent,
+       r.drain_reason, r.drained_at, r.drain_deadline, r.held, r.room
   FROM agent_registry r
 """  # noqa: S608
 SHOW = _AGENT + " WHERE r.agent_id = $1"

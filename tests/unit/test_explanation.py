@@ -4,10 +4,10 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
-from chiffon.explanation import Explanation, explain
-from chiffon.messages import CapacityQuery
+from chiffon.explanation import explain
+from chiffon.messages import CapacityQuery, CapacityReserve, Explanation, Needs
 from chiffon.registry import Misfits
-from chiffon.registry.statements import RULES
+from chiffon.registry.offers import RULES
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -20,7 +20,9 @@ QUERY = CapacityQuery(
 )
 
 
-def told(*counts: Any, nearest: Any = (), query: CapacityQuery = QUERY) -> Explanation:
+def told(
+    *counts: Any, nearest: Any = (), query: CapacityQuery | CapacityReserve = QUERY
+) -> Explanation:
     return explain(query, Misfits(NOW, list(counts), list(nearest)))
 
 
@@ -52,7 +54,15 @@ def test_the_summary_counts_everybody_once_and_names_the_best() -> None:
 
 
 def test_every_rule_has_words_of_its_own() -> None:
-    words = {rule: told((rule, 1, None, None)).obstacles[0].message for rule in RULES}
+    asked = CapacityReserve(
+        holder="a planner",
+        idempotency_key=uuid4(),
+        agent_id=uuid4(),
+        gpu_vram_gb=40,
+        gpus=2,
+        **QUERY.model_dump(include=set(Needs.model_fields)),
+    )
+    words = {rule: told((rule, 1, None, None), query=asked).obstacles[0].message for rule in RULES}
 
     assert len(set(words.values())) == len(RULES)
     assert not [word for word in words.values() if "_" in word or "None" in word]

@@ -1,0 +1,183 @@
+"""Taking room: who may have it, what the answer is when there is none, and when it is over.
+
+``ReservationService`` keeps reservations in the registry; ``planner.PlannerClient`` asks one over
+AMQP.
+"""
+
+import asyncio
+import random
+from datetime import UTC
+from uuid import UUID
+
+from chiffon.capacity import OrchestratorService
+from chiffon.errors import (
+    CapacityRefused,
+    IdempotencyMismatch,
+    InsufficientCapacity,
+    ReservationNotFound,
+    StaleFence,
+)
+from chiffon.messages import (
+    CapacityReserve,
+    Explanation,
+    Reservation,
+    ReservationList,
+    ReservationRelease,
+    ReservationRenew,
+    Reservations,
+)
+from chiffon.registry import Registry
+from chiffon.registry.ledger import Claim, Ledger, Refused
+
+TRIES = 30
+"""To take room that others are at: each of them holds a row for a commit, a few milliseconds."""
+
+FIRST_PAUSE_SECONDS = 0.002
+LONGEST_PAUSE_SECONDS = 0.1
+
+
+class ReservationService:
+    """Reservations in the registry.
+
+    Args:
+        registry: Where the fleet is; all methods raise ``RegistryUnavailable`` when it is away.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self._ledger = Ledger(registry)
+        self._capacity = OrchestratorService(registry)
+
+    async def reserve(self, request: CapacityReserve) -> Reservation:
+        """Take room, one transaction for each of the choices until one is free.
+
+        Returns:
+            The reservation. Of a key that was used before it is the one of then, as it is now,
+            which may be over.
+
+        Raises:
+            InsufficientCapacity: None of the choices is free; the details say why the first is not.
+            IdempotencyMismatch: The key came before, with another request.
+            CapacityRefused: ``unavailable``: others were at the same room all the time.
+        """
+        return (await self.claim(request)).reservation
+
+    async def claim(self, request: CapacityReserve) -> Claim:
+        """Take room as ``reserve`` does, for who may have to give it back undelivered."""
+        is_contended = False
+        for number, choice in enumerate(request.choices()):
+            made = await self._claim(choice, number, request)
+            if isinstance(made, Refused):
+                is_contended = is_contended or made.is_contended
+                continue
+            if not made.is_same:
+                raise IdempotencyMismatch(
+                    "idempotency_mismatch",
+                    f"idempotency_key {request.idempotency_key} came before with another request;"
+                    " a new intent needs a new key",
+                )
+            return made
+        if is_contended:
+            raise CapacityRefused("unavailable", "others are taking the same room; try again")
+        explanation = await self._capacity.explain_refusal(request)
+        raise InsufficientCapacity(
+            "insufficient_capacity",
+            _sentence(request, explanation),
+            {"explanation": explanation.model_dump(mode="json")},
+        )
+
+    async def _claim(
+        self, choice: CapacityReserve, number: int, request: CapacityReserve
+    ) -> Claim | Refused:
+        pause = FIRST_PAUSE_SECONDS
+        for _ in range(TRIES):
+            made = await self._ledger.claim(choice, alternative=number, asked_for=request)
+            if isinstance(made, Claim) or not made.is_contended:
+                return made
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(pause * 1.5, LONGEST_PAUSE_SECONDS)
+        return Refused(is_contended=True)
+
+    async def undelivered(self, claim: Claim) -> bool:
+        """Give room back whose reservation nobody took note of; returns whether it was."""
+        return await self._ledger.release_undelivered(claim)
+
+    async def renew(self, request: ReservationRenew) -> Reservation:
+        """Let a lease begin anew, also late, as long as it has not been ended.
+
+        Raises:
+            ReservationNotFound: There is no such reservation.
+            StaleFence: It is over, or has another fence.
+        """
+        renewed = await self._ledger.renew(
+            request.reservation_id, request.fence, request.lease_seconds
+        )
+        if renewed is None:
+            raise await self._stale(request.reservation_id, request.fence)
+        return renewed
+
+    async def release(self, request: ReservationRelease) -> Reservation:
+        """Give room back. What was given back is answered again as it was.
+
+        Raises:
+            ReservationNotFound: There is no such reservation.
+            StaleFence: It ended otherwise, or has another fence.
+        """
+        released = await self._ledger.release(request.reservation_id, request.fence)
+        if released is not None:
+            return released
+        known = await self._ledger.show(request.reservation_id)
+        is_same = known is not None and request.fence in (None, known.fence)
+        if known is not None and is_same and known.state == "released":
+            return known
+        raise await self._stale(request.reservation_id, request.fence)
+
+    async def reservation(self, reservation_id: UUID) -> Reservation:
+        """Return one that is held, or ended within the last day.
+
+        Raises:
+            ReservationNotFound: There is no such reservation.
+        """
+        known = await self._ledger.show(reservation_id)
+        if known is None:
+            raise _not_found(reservation_id)
+        return known
+
+    async def reservations(self, wanted: ReservationList) -> Reservations:
+        """Return those that fit, newest first."""
+        found = await self._ledger.listed(wanted)
+        as_of = found[0].as_of if found else (await self._capacity.fleet()).as_of
+        return Reservations(as_of=as_of, reservations=found)
+
+    async def _stale(self, reservation_id: UUID, fence: int | None) -> CapacityRefused:
+        known = await self._ledger.show(reservation_id)
+        if known is None:
+            return _not_found(reservation_id)
+        details = {"state": known.state, "reason": known.reason, "fence": known.fence}
+        if fence is not None and fence != known.fence:
+            message = f"reservation {reservation_id} has fence {known.fence}, not {fence}"
+        elif known.ended_at is None:
+            message = f"an agent of reservation {reservation_id} was forgotten: its room is gone"
+        else:
+            when = known.ended_at.astimezone(UTC).isoformat(timespec="seconds")
+            message = (
+                f"reservation {reservation_id} is over since {when}: {known.reason};"
+                " its room may be another's"
+            )
+        return StaleFence("stale_fence", message, details)
+
+
+def _not_found(reservation_id: UUID) -> ReservationNotFound:
+    return ReservationNotFound(
+        "reservation_not_found",
+        f"there is no reservation {reservation_id}, or it has been over for more than a day",
+    )
+
+
+def _sentence(request: CapacityReserve, explanation: Explanation) -> str:
+    others = len(request.alternatives)
+    sentence = f"no room: {explanation.summary}"
+    if others:
+        sentence += f"; nor for the {'alternative' if others == 1 else f'{others} alternatives'}"
+    if explanation.relaxation is not None:
+        sentence += f"; {explanation.relaxation.message}"
+    return sentence
