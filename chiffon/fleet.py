@@ -6,8 +6,35 @@ from uuid import UUID
 
 from pydantic import BaseModel, Field
 
-from chiffon.messages import AgentStatus
+from chiffon.messages import AgentStatus, ReservedGpu
 from chiffon.registry import AgentRow, FleetSummary
+
+
+class Held(BaseModel):
+    """What one reservation has of an agent."""
+
+    reservation_id: UUID
+    fence: int
+    gpus: list[ReservedGpu]
+    cpu_cores: int
+    memory_gb: float
+
+
+class Left(BaseModel):
+    """What can still be reserved of an agent."""
+
+    gpu_vram_gb: float
+    single_gpu_vram_gb: float
+    cpu_cores: int
+    memory_gb: float
+
+    @classmethod
+    def of(cls, room: list[float]) -> "Left":
+        """Return the numbers of a row with their names."""
+        vram, single, cores, memory = room
+        return cls(
+            gpu_vram_gb=vram, single_gpu_vram_gb=single, cpu_cores=int(cores), memory_gb=memory
+        )
 
 
 class Agent(BaseModel):
@@ -25,7 +52,10 @@ class Agent(BaseModel):
     sent_at: datetime | None = Field(description="The agent's clock; only shown.")
     interval_seconds: float
     lease_seconds: float = Field(description="For how long a heartbeat counts.")
-    drained: bool
+    drained: bool = Field(description="It is given no offers and no reservations.")
+    drain_reason: str | None
+    drained_at: datetime | None
+    drain_deadline: datetime | None = Field(description="When what is held on it is ended.")
     last_heartbeat_at: datetime | None = Field(description="When it was received.")
     performance_score: float
     status_reason: str | None = Field(description="Why it is offline.")
@@ -41,6 +71,8 @@ class Agent(BaseModel):
     heartbeat_age_seconds: float | None
     is_silent: bool = Field(description="Its lease is over; it is not offered.")
     resources: Any = Field(description="What its probes read, in the words of the heartbeat.")
+    held: list[Held] = Field(description="What is reserved on it, in the order of fences.")
+    left: Left | None = Field(description="What that leaves; null where nothing is reserved.")
 
     @classmethod
     def of(cls, row: AgentRow) -> "Agent":
@@ -48,6 +80,8 @@ class Agent(BaseModel):
         named_otherwise = {
             "heartbeat_age_seconds": row.age_seconds,
             "resources": row.resource_metrics,
+            "held": _held(row),
+            "left": None if row.room is None else Left.of(row.room),
         }
         same = {name: getattr(row, name) for name in cls.model_fields.keys() - named_otherwise}
         return cls(**same, **named_otherwise)
@@ -83,3 +117,17 @@ class Fleet(BaseModel):
             offline=summary.agents.get("offline", 0),
             silent=summary.silent,
         )
+
+
+def _held(row: AgentRow) -> list[Held]:
+    held = [
+        Held(
+            reservation_id=UUID(reservation_id),
+            fence=one["fence"],
+            gpus=[ReservedGpu(**gpu) for gpu in one["chosen"]],
+            cpu_cores=int(one["cores"][0]),
+            memory_gb=one["memory"][0],
+        )
+        for reservation_id, one in row.held.items()
+    ]
+    return sorted(held, key=lambda one: one.fence)

@@ -18,6 +18,7 @@ from chiffon.cli import (
     fleet,
     gateway,
     orchestrator,
+    reservation,
     schema,
     simulate,
     up,
@@ -38,6 +39,7 @@ app.add_typer(orchestrator.app, name="orchestrator")
 app.add_typer(gateway.app, name="gateway")
 app.add_typer(fleet.app, name="fleet")
 app.add_typer(capacity.app, name="capacity")
+app.add_typer(reservation.app, name="reservation")
 app.add_typer(db.app, name="db")
 app.add_typer(bus.app, name="bus")
 app.add_typer(schema.app, name="schema")

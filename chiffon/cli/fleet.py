@@ -1,8 +1,9 @@
 """``chiffon fleet``: all agents, as the registry has them."""
 
 import json
+import re
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,11 +23,11 @@ from chiffon.cli.output import (
     table,
     width_of,
 )
-from chiffon.cli.rows import EVENTS, FLEET
+from chiffon.cli.rows import EVENTS, FLEET, HELD
 
 if TYPE_CHECKING:
-    from chiffon.fleet import Fleet
-    from chiffon.registry import Registry
+    from chiffon.fleet import Agent, Fleet
+    from chiffon.registry import AgentRow, Registry
 
 
 class Status(StrEnum):
@@ -96,9 +97,12 @@ def forget(
     import asyncio
 
     from chiffon.errors import AgentNotFoundError
+    from chiffon.registry.ledger import Ledger
 
     async def remove() -> list[UUID]:
         async with _registry() as registry:
+            # What is held on them first: else its holders would go on renewing it.
+            await Ledger(registry).revoke_on(agents)
             return list(await registry.forget(agents))
 
     forgotten = asyncio.run(remove())
@@ -107,6 +111,63 @@ def forget(
     for agent in agents:
         if agent not in forgotten:
             raise AgentNotFoundError(agent)
+
+
+@app.command()
+def drain(
+    agent: Annotated[UUID, typer.Argument(help="The agent's id.")],
+    reason: Annotated[str | None, typer.Option(help="For people.")] = None,
+    deadline: Annotated[
+        str | None,
+        typer.Option(help="When what is reserved on it is ended: 90s, 30m, 2h. Default: never."),
+    ] = None,
+    output: FormatOption = None,
+) -> None:
+    """Give an agent no more offers and reservations; show those it has.
+
+    It stays so, also when it is started anew, until `chiffon fleet undrain`.
+    """
+    seconds = None if deadline is None else _seconds(deadline)
+    found = _changed_agent(agent, lambda registry: registry.drain(agent, reason, seconds))
+    note(f"{found.hostname or agent} is drained")
+    held = found.model_dump(mode="json")["held"]
+    show_many(held, HELD, output)
+    if not held:
+        note("nothing is reserved on it")
+    elif found.drain_deadline is not None:
+        note(f"what is left at {found.drain_deadline.isoformat(timespec='seconds')} is ended")
+
+
+@app.command()
+def undrain(agent: Annotated[UUID, typer.Argument(help="The agent's id.")]) -> None:
+    """Offer an agent again."""
+    found = _changed_agent(agent, lambda registry: registry.undrain(agent))
+    note(f"{found.hostname or agent} is offered again")
+
+
+def _changed_agent(
+    agent_id: UUID, change: "Callable[[Registry], Awaitable[AgentRow | None]]"
+) -> "Agent":
+    import asyncio
+
+    from chiffon.errors import AgentNotFoundError
+    from chiffon.fleet import Agent
+
+    async def run() -> Agent:
+        async with _registry() as registry:
+            row = await change(registry)
+            if row is None:
+                raise AgentNotFoundError(agent_id)
+            return Agent.of(row)
+
+    return asyncio.run(run())
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if found is None:
+        raise typer.BadParameter("--deadline: a number and its unit, such as 90s, 30m, 2h or 1d")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3_600, "d": 86_400}[found[2]]
 
 
 @app.command()

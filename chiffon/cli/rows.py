@@ -1,6 +1,6 @@
 """The columns of the tables."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from chiffon.cli.output import Column, Row, age, gigabytes, plain
@@ -90,7 +90,8 @@ def _status(row: Row) -> str:
     if is_missed:
         return f"{row['status']}, silent"
     reason = f": {row['status_reason']}" if row["status_reason"] else ""
-    return f"{row['status']}{reason}"
+    drained = ", drained" if row["drained"] else ""
+    return f"{row['status']}{reason}{drained}"
 
 
 def _vram(row: Row) -> str:
@@ -135,6 +136,65 @@ OFFERS = [
     Column("AGENT", lambda row: str(row["agent_id"])),
 ]
 
+
+def _reported(name: str, show: Callable[[Any], str]) -> Callable[[Row], str]:
+    def read(row: Row) -> str:
+        reported = row.get("reported") or {}
+        return show(reported.get(name))
+
+    return read
+
+
+OFFERS_AS_REPORTED = [
+    *OFFERS[:-1],
+    Column("VRAM BEFORE", _reported("gpu_vram_available_gb", gigabytes), is_number=True),
+    Column("CORES BEFORE", _reported("cpu_cores_available", plain), is_number=True),
+    Column("MEMORY BEFORE", _reported("memory_available_gb", gigabytes), is_number=True),
+    OFFERS[-1],
+]
+
+
+def _until(row: Row) -> str:
+    from datetime import datetime
+
+    if row["ended_at"] is not None:
+        return f"{row['state']}: {row['reason']}"
+    left = datetime.fromisoformat(row["expires_at"]) - datetime.fromisoformat(row["as_of"])
+    return age(max(left.total_seconds(), 0.0))
+
+
+def _hosts(row: Row) -> str:
+    return ",".join(str(one["hostname"] or one["agent_id"]) for one in row["places"])
+
+
+def _gpus(row: Row) -> str:
+    gpus = sum(len(one["gpus"]) for one in row["places"])
+    return f"{gpus} x {gigabytes(row['gpu_vram_gb'])}" if gpus else "-"
+
+
+def _each(row: Row) -> float:
+    return row["gpus"][0]["vram_gb"] if row["gpus"] else 0.0
+
+
+RESERVATIONS = [
+    Column("HOLDER", lambda row: plain(row["holder"])),
+    Column("HOST", _hosts),
+    Column("VRAM", _gpus, is_number=True),
+    Column("CORES", lambda row: plain(row["cpu_cores"]), is_number=True),
+    Column("MEMORY", lambda row: gigabytes(row["memory_gb"]), is_number=True),
+    Column("ENDS IN", _until, is_number=True),
+    Column("FENCE", lambda row: plain(row["fence"]), is_number=True),
+    Column("RESERVATION", lambda row: str(row["reservation_id"])),
+]
+
+HELD = [
+    Column("VRAM", lambda row: _gpus({"places": [row], "gpu_vram_gb": _each(row)}), True),
+    Column("CORES", lambda row: plain(row["cpu_cores"]), is_number=True),
+    Column("MEMORY", lambda row: gigabytes(row["memory_gb"]), is_number=True),
+    Column("FENCE", lambda row: plain(row["fence"]), is_number=True),
+    Column("RESERVATION", lambda row: str(row["reservation_id"])),
+]
+
 READINGS = [
     Column("FIELD", lambda row: str(row["name"])),
     Column("VALUE", lambda row: plain(row["value"])),
@@ -146,8 +206,8 @@ READINGS = [
 EVENTS = [
     Column("AT", lambda row: str(row["at"])),
     Column("WHAT", lambda row: str(row.get("status") or row.get("state"))),
-    Column("POOL", lambda row: str(row["pool_name"])),
+    Column("POOL", lambda row: plain(row.get("pool_name"))),
     Column("HOST", lambda row: plain(row.get("hostname"))),
     Column("REASON", lambda row: plain(row.get("reason"))),
-    Column("AGENT", lambda row: plain(row.get("agent_id"))),
+    Column("ID", lambda row: plain(row.get("reservation_id") or row.get("agent_id"))),
 ]

@@ -23,6 +23,7 @@ from chiffon.gateway.live import Live
 from chiffon.link import Link
 from chiffon.provisioning import await_exchange
 from chiffon.registry import Registry
+from chiffon.reservations import ReservationService
 from chiffon.session import Session
 from chiffon.settings import Settings, describe
 from chiffon.topology import RPC
@@ -68,6 +69,7 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
         FOLLOWERS.set_function(lambda: live.followers)
         parts = Parts(
             service=OrchestratorService(registry),
+            reservations=ReservationService(registry),
             live=live,
             history=history,
             checks={"broker": health.connected(link), **migrations.checks(registry)},

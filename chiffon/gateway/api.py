@@ -52,6 +52,9 @@ class CapacityParameters(_Parameters):
         default_factory=list, max_length=64, description="All of them; once for each."
     )
     limit: int = Field(100, ge=1, le=MAX_OFFERS)
+    show_reserved: bool = Field(
+        False, description="With what was reported, before what is reserved was taken off."
+    )
 
     def query(self) -> CapacityQuery:
         """Return the question, in the words of the contract."""

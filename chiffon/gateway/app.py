@@ -14,11 +14,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chiffon import __version__
 from chiffon.capacity import OrchestratorService
-from chiffon.gateway import api, operations, pages, problems
+from chiffon.encoding import MAX_MESSAGE_BYTES
+from chiffon.gateway import api, operations, pages, problems, reservations
 from chiffon.gateway.history import History
 from chiffon.gateway.live import Live
 from chiffon.health import Checks
 from chiffon.metrics import SECONDS, Read
+from chiffon.reservations import ReservationService
 
 AT_ONCE = 64
 """API requests in work at a time: the others are told to come back."""
@@ -43,6 +45,7 @@ class Parts:
     """
 
     service: OrchestratorService
+    reservations: ReservationService
     live: Live
     history: History
     checks: Checks
@@ -66,6 +69,7 @@ def make(parts: Parts) -> FastAPI:
     )
     problems.install(app)
     app.include_router(api.router(parts.service, parts.history))
+    app.include_router(reservations.router(parts.reservations))
     app.include_router(operations.router(parts.checks, parts.reads))
     app.include_router(pages.router(parts.live))
     app.add_middleware(_Manners, hosts=frozenset(parts.hosts))
@@ -75,7 +79,9 @@ def make(parts: Parts) -> FastAPI:
 
 def openapi() -> dict[str, Any]:
     """Return the OpenAPI description, without anything that would be needed to serve."""
-    nothing = Parts(cast(Any, None), cast(Any, None), History(), checks={}, reads=[])
+    nothing = Parts(
+        cast(Any, None), cast(Any, None), cast(Any, None), History(), checks={}, reads=[]
+    )
     return make(nothing).openapi()
 
 
@@ -137,6 +143,14 @@ class _Manners:
                 return problems.answer(
                     400, "invalid_request", "not for this host name: see CHIFFON_HTTP_ALLOWED_HOSTS"
                 )
+        if scope["method"] == "POST":
+            said = Headers(scope=scope).get("content-length", "")
+            if not said.isdecimal() or int(said) > MAX_MESSAGE_BYTES:
+                return problems.answer(
+                    413,
+                    "invalid_request",
+                    f"the body must say its length, {MAX_MESSAGE_BYTES} bytes at most",
+                )
         if is_api and self._in_work >= AT_ONCE:
             return problems.answer(
                 503, "unavailable", "too many requests at once", {"Retry-After": "1"}
@@ -161,5 +175,6 @@ The answers that planners get over AMQP, for those who speak HTTP. Sizes are GiB
 _TAGS = [
     {"name": "agents", "description": "Capacity: what a planner asks."},
     {"name": "fleet", "description": "All agents, for people and their tools."},
+    {"name": "reservations", "description": "Room that is held, for a time."},
     {"name": "operations", "description": "Health and metrics."},
 ]

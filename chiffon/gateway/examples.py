@@ -18,6 +18,8 @@ _METRICS: dict[str, Any] = {
 }
 AGENT_ID = "3f1c0a52-1c1b-4a0e-9d5c-2f7a5d1e8b90"
 
+RESERVATION_ID = "0f6b3a80-8a52-4a59-9f9d-0d1c3f6f8f11"
+
 AGENT_CAPACITY: dict[str, Any] = {
     "agent_id": AGENT_ID,
     "status": "online",
@@ -57,6 +59,9 @@ AGENT: dict[str, Any] = {
     "interval_seconds": 5.0,
     "lease_seconds": 15.0,
     "drained": False,
+    "drain_reason": None,
+    "drained_at": None,
+    "drain_deadline": None,
     "last_heartbeat_at": "2026-01-01T00:00:00Z",
     "performance_score": 0.0,
     "status_reason": None,
@@ -82,6 +87,49 @@ AGENT: dict[str, Any] = {
         ],
         "probe_errors": [],
     },
+    "held": [
+        {
+            "reservation_id": RESERVATION_ID,
+            "fence": 7,
+            "gpus": [{"uuid": "GPU-1", "index": 0, "vram_gb": 12.0}],
+            "cpu_cores": 4,
+            "memory_gb": 8.0,
+        }
+    ],
+    "left": {
+        "gpu_vram_gb": 8.5,
+        "single_gpu_vram_gb": 8.5,
+        "cpu_cores": 10,
+        "memory_gb": 29.5,
+    },
+}
+RESERVATION: dict[str, Any] = {
+    "reservation_id": RESERVATION_ID,
+    "holder": "trainer-3",
+    "idempotency_key": "5b0f9a3c-5c60-4c0a-8b9f-3a1d1f0f6a11",
+    "state": "held",
+    "reason": None,
+    "fence": 7,
+    "lease_seconds": 60.0,
+    "created_at": "2026-01-01T00:00:00Z",
+    "expires_at": "2026-01-01T00:01:00Z",
+    "ended_at": None,
+    "as_of": "2026-01-01T00:00:00Z",
+    "agent_id": AGENT_ID,
+    "hostname": "rig-7",
+    "gpus": [{"uuid": "GPU-1", "index": 0, "vram_gb": 12.0}],
+    "gpu_vram_gb": 12.0,
+    "cpu_cores": 4,
+    "memory_gb": 8.0,
+    "places": [
+        {
+            "agent_id": AGENT_ID,
+            "hostname": "rig-7",
+            "pool_name": "default",
+            "gpus": [{"uuid": "GPU-1", "index": 0, "vram_gb": 12.0}],
+        }
+    ],
+    "alternative": 0,
 }
 FLEET: dict[str, Any] = {
     "as_of": "2026-01-01T00:00:02Z",
@@ -123,6 +171,7 @@ CAPACITY: dict[str, Any] = {
                 "reasons": ["too little free VRAM (8 of 20)"],
             }
         ],
+        "relaxation": None,
     },
 }
 

@@ -11,10 +11,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from chiffon.errors import AgentNotFoundError, BadMessage, RegistryUnavailable
+from chiffon.errors import AgentNotFoundError, BadMessage, CapacityRefused, RegistryUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -22,12 +22,16 @@ RETRY_AFTER_SECONDS = 2
 
 
 class Problem(BaseModel):
-    """What went wrong. ``code`` is for programs, ``detail`` for people."""
+    """What went wrong. ``code`` is for programs, ``detail`` for people.
+
+    ``details`` tells programs more, where there is more: why nobody has the room, say.
+    """
 
     title: str
     status: int
     detail: str
     code: str
+    details: dict[str, Any] | None = Field(None, exclude_if=lambda details: not details)
 
 
 class ProblemError(Exception):
@@ -48,11 +52,15 @@ class ProblemError(Exception):
 
 
 def answer(
-    status: int, code: str, detail: str, headers: dict[str, str] | None = None
+    status: int,
+    code: str,
+    detail: str,
+    headers: dict[str, str] | None = None,
+    details: dict[str, Any] | None = None,
 ) -> JSONResponse:
     """Return the answer that tells of a problem."""
     problem = Problem(
-        title=HTTPStatus(status).phrase, status=status, detail=detail, code=code
+        title=HTTPStatus(status).phrase, status=status, detail=detail, code=code, details=details
     ).model_dump()
     return JSONResponse(problem, status, headers, media_type="application/problem+json")
 
@@ -96,6 +104,10 @@ _EXAMPLES: dict[int, dict[str, str]] = {
         "detail": "agent 3f1c0a52-1c1b-4a0e-9d5c-2f7a5d1e8b90 is not in the registry",
         "code": "agent_not_found",
     },
+    409: {
+        "detail": "no room: 12 agents: 5 offline, 7 too little free VRAM (best 30 of 40 on rig-7)",
+        "code": "insufficient_capacity",
+    },
     500: {"detail": "Failed to fetch agent capacity", "code": "internal"},
     503: {"detail": "the database did not answer within 5 s", "code": "unavailable"},
 }
@@ -106,6 +118,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ProblemError, _of_route)
     app.add_exception_handler(AgentNotFoundError, _of_unknown_agent)
     app.add_exception_handler(BadMessage, _of_bad_request)
+    app.add_exception_handler(CapacityRefused, _of_refusal)
     app.add_exception_handler(RegistryUnavailable, _of_registry)
     app.add_exception_handler(RequestValidationError, _of_validation)
     app.add_exception_handler(HTTPException, _of_http)
@@ -125,6 +138,16 @@ def _of_bad_request(_: Request, error: Exception) -> JSONResponse:
     return answer(400, "invalid_request", str(error))
 
 
+_STATUSES = {"reservation_not_found": 404, "unavailable": 503}
+
+
+def _of_refusal(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, CapacityRefused)
+    status = _STATUSES.get(error.code, 409)
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else None
+    return answer(status, error.code, error.message, headers, error.details)
+
+
 def _of_registry(_: Request, error: Exception) -> JSONResponse:
     log.warning("cannot answer: %s", error)
     return answer(503, "unavailable", str(error), {"Retry-After": str(RETRY_AFTER_SECONDS)})
@@ -134,6 +157,8 @@ def _of_validation(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     place = ".".join(str(word) for word in first["loc"][1:])
+    if place == "reservation_id" and first["loc"][0] == "path":
+        return answer(400, "invalid_request", "Invalid reservation_id format (must be UUID)")
     if place == "agent_id" and first["loc"][0] == "path":
         return answer(400, "invalid_request", "Invalid agent_id format (must be UUID)")
     problem = "unknown parameter" if first["type"] == "extra_forbidden" else first["msg"]

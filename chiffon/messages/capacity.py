@@ -16,6 +16,7 @@ from chiffon.messages.fields import (
     Uuid,
     Vendor,
     Word,
+    absent_if_empty,
 )
 
 MAX_OFFERS = 1_000
@@ -108,7 +109,7 @@ class Offer(Message):
     performance_score: float
     last_heartbeat_at: Time
     heartbeat_age_seconds: Annotated[float, Field(ge=0)]
-    reported: Reported | None = None
+    reported: Reported | None = Field(None, exclude_if=absent_if_empty)
 
 
 class CapacityOffers(Message):
@@ -125,7 +126,7 @@ class CapacityOffers(Message):
     total_matches: Annotated[int, Field(ge=0)]
     total_relation: Literal["eq", "gte"]
     agents: list[Offer]
-    explanation: Explanation | None = None
+    explanation: Explanation | None = Field(None, exclude_if=absent_if_empty)
 
 
 class AgentCapacity(Message):

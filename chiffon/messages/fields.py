@@ -68,6 +68,11 @@ Capabilities = Annotated[
 ]
 
 
+def absent_if_empty(value: Any) -> bool:
+    """Whether a field is left out of a body: for those that only few ask for or have."""
+    return value is None or value == []
+
+
 class Message(BaseModel):
     """A body of the contract: unknown fields are ignored, and nothing is converted."""
 

@@ -22,6 +22,7 @@ from chiffon.messages.fields import (
     Uuid,
     Vendor,
     Word,
+    absent_if_empty,
 )
 
 
@@ -36,7 +37,7 @@ class Gpu(Message):
     uuid: Name | None = None
     index: Count
     name: Name | None = None
-    gpu_type: Vendor | None = None
+    gpu_type: Annotated[Vendor | None, Field(exclude_if=absent_if_empty)] = None
     vram_total_gb: Gigabytes | None = None
     vram_available_gb: Gigabytes | None = None
     utilization_percent: Percent | None = None
@@ -113,7 +114,11 @@ class ResourceMetrics(Message):
         default_factory=list, description="Fields that the operator set, not the probes."
     )
     reserved: Reserved | None = None
-    observed: Annotated[list[Observed], Field(max_length=256)] = Field(default_factory=list)
+    observed: Annotated[list[Observed], Field(max_length=256)] = Field(
+        default_factory=list,
+        description="What is known to be in use of reservations.",
+        exclude_if=absent_if_empty,
+    )
 
     @model_validator(mode="before")
     @classmethod
