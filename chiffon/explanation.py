@@ -53,7 +53,8 @@ def explain(asked: Asked, misfits: Misfits) -> Explanation:
         summary=f"{_counted(agents)}: {', '.join(parts)}" if agents else "no agent is known",
         obstacles=obstacles,
         nearest=[_miss(asked, query, one) for one in misfits.nearest],
-        relaxation=None if fitting >= count else relaxation(asked, misfits.relaxed),
+        relaxation=_fewer_agents(asked, fitting)
+        or (None if fitting >= count else relaxation(asked, misfits.relaxed)),
     )
 
 
@@ -168,6 +169,24 @@ def _changes(
         if getattr(asked, name) > each:
             changes[name] = min(each, so_far.get(name, each))
     return changes
+
+
+def _fewer_agents(asked: Asked, fitting: int) -> Relaxation | None:
+    """Return what to ask for where some agents fit, and not so many or not so far apart."""
+    if not isinstance(asked, CapacityReserve) or not fitting:
+        return None
+    changes: dict[str, Any] = {"count": fitting} if fitting < asked.count else {}
+    if asked.distinct_hosts and asked.count > 1:
+        changes["distinct_hosts"] = False
+    if not changes:
+        return None
+    words = ", ".join(
+        "on one host" if name == "distinct_hosts" else f"{name} {value}"
+        for name, value in changes.items()
+    )
+    return Relaxation(
+        changes=changes, agent_id=None, hostname=None, message=f"with {words}, it would fit"
+    )
 
 
 def _fewer(asked: CapacityReserve, found: Mapping[str, Any]) -> dict[str, Any]:

@@ -79,10 +79,8 @@ def make(parts: Parts) -> FastAPI:
 
 def openapi() -> dict[str, Any]:
     """Return the OpenAPI description, without anything that would be needed to serve."""
-    nothing = Parts(
-        cast(Any, None), cast(Any, None), cast(Any, None), History(), checks={}, reads=[]
-    )
-    return make(nothing).openapi()
+    nobody = cast(Any, None)
+    return make(Parts(nobody, nobody, nobody, History(), checks={}, reads=[])).openapi()
 
 
 def _described(app: FastAPI) -> dict[str, Any]:

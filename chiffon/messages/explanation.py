@@ -35,7 +35,7 @@ class Relaxation(Message):
     """
 
     changes: dict[str, Any]
-    agent_id: Uuid
+    agent_id: Uuid | None = Field(description="Who would be offered; null if several would.")
     hostname: str | None
     message: str
 
