@@ -153,12 +153,13 @@ BEGIN
       CONTINUE WHEN NOT (holdings[i] -> 'gpus') ? gpu_key;
       taken := taken || (holdings[i] #>> ARRAY['gpus', gpu_key, '0'])::numeric;
       free_before := free_before || (holdings[i] #>> ARRAY['gpus', gpu_key, '1'])::numeric;
-      observed := observed || CASE WHEN seen[i] IS NOT NULL THEN coalesce((
-        SELECT CASE WHEN bool_and(chiffon_number(o -> 'vram_gb') IS NOT NULL)
-               THEN sum(chiffon_number(o -> 'vram_gb')) ELSE -1 END
-          FROM chiffon_elements(seen[i] -> 'gpus') o WHERE chiffon_gpu_key(o) = gpu_key), 0) END;
+      -- A GPU that is not listed is not used; one that is, without a number, by nobody knows what.
+      observed := observed || CASE WHEN seen[i] IS NOT NULL THEN (
+        SELECT CASE WHEN bool_and(chiffon_number(o -> 'vram_gb') IS NOT NULL) IS NOT FALSE
+               THEN coalesce(sum(chiffon_number(o -> 'vram_gb')), 0) END
+          FROM chiffon_elements(seen[i] -> 'gpus') o
+         WHERE jsonb_typeof(o) = 'object' AND chiffon_gpu_key(o) = gpu_key) END;
     END LOOP;
-    observed := ARRAY(SELECT CASE WHEN o >= 0 THEN o END FROM unnest(observed) o);
     left_here := chiffon_left(
       live, chiffon_number(gpu -> 'vram_total_gb') - kept, taken, free_before, observed);
     -- Such a card has no memory of its own: what jobs hold of the host's is gone for it as well.

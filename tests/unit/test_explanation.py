@@ -78,8 +78,8 @@ def test_a_near_miss_has_all_its_reasons_with_what_it_has() -> None:
         "agent_id": uuid4(),
         "hostname": "rig-7",
         "pool_name": "default",
-        "free_vram_gb": 30.25,
-        "free_cores": 4,
+        "min_gpu_vram_gb": 30.25,
+        "min_cpu_cores": 4,
         "broken": ["pool_name", "min_gpu_vram_gb", "min_cpu_cores"],
     }
 

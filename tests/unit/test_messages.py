@@ -288,6 +288,7 @@ def test_a_query_has_the_defaults_of_the_design() -> None:
         "capabilities": [],
         "limit": 100,
         "explain": False,
+        "show_reserved": False,
     }
 
 
