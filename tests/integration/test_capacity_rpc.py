@@ -24,6 +24,7 @@ from chiffon.messages import CapacityQuery
 from chiffon.planner import PlannerClient
 from chiffon.registry import Receipt, Registry
 from tests.fixtures import plain
+from tests.fixtures.caller import Caller
 from tests.fixtures.heartbeats import RESOURCES, update
 from tests.fixtures.plain import Queues
 from tests.fixtures.servers import Databases, Management
@@ -47,38 +48,6 @@ async def planner(serving: str) -> AsyncIterator[PlannerClient]:
 async def record(registry: Registry, *updates: Any) -> None:
     receipts = [Receipt(one, time.monotonic()) for one in updates]
     await registry.record(sorted(receipts, key=lambda one: one.update.agent_id))
-
-
-class Caller:
-    """A planner that is not chiffon: a reply queue of its own, plain properties."""
-
-    def __init__(self, channel: Any, queue: Any) -> None:
-        self._channel = channel
-        self._queue = queue
-
-    async def ask(self, kind: str | None, body: Any, **properties: Any) -> Any:
-        """Return the reply message."""
-        properties.setdefault("reply_to", self._queue.name)
-        properties.setdefault("correlation_id", uuid4().hex)
-        kind_or_none: Any = kind
-        await plain.publish(
-            self._channel, "chiffon.rpc", "capacity", body, kind_or_none, **properties
-        )
-
-        async def reply() -> Any:
-            return await self._queue.get(fail=False, no_ack=True)
-
-        message = await until(reply, f"a reply to {kind}")
-        assert message.correlation_id == properties["correlation_id"]
-        return message
-
-    async def refusal(self, kind: str | None, body: Any, **properties: Any) -> str:
-        """Return the code of the ``error.v1`` that comes back."""
-        message = await self.ask(kind, body, **properties)
-        answer = json.loads(message.body)
-        assert message.type == "error.v1"
-        assert set(answer) == {"code", "message", "details"}
-        return str(answer["code"])
 
 
 @pytest.fixture
