@@ -1,4 +1,4 @@
-"""An orchestrator that kills itself at its third batch with heartbeats, at the moment named.
+"""An orchestrator that kills itself at its third batch or reservation, at the moment named.
 
     python -m tests.faults.dying_orchestrator "before the commit"
 
@@ -10,9 +10,12 @@ import signal
 import sys
 from typing import Any
 
+from chiffon import orchestrator
+from chiffon.bus import Publisher
 from chiffon.cli import main
 from chiffon.ingest import Ingest
 from chiffon.registry import Registry
+from chiffon.reservations import ReservationService
 
 BATCHES = 3
 
@@ -31,11 +34,44 @@ def die_in(owner: type, method: str, *, after: int) -> None:
     setattr(owner, method, dying)
 
 
+def die_behind(owner: Any, method: str, *, after: int) -> None:
+    """Have a method kill the process as soon as it has done what it does for the n-th time."""
+    original, calls = getattr(owner, method), 0
+
+    async def dying(*arguments: Any, **more: Any) -> Any:
+        nonlocal calls
+        answer = await original(*arguments, **more)
+        calls += 1
+        if calls == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answer
+
+    setattr(owner, method, dying)
+
+
+class Answered(Publisher):
+    """Publishes the answers that need a confirm, and dies once one of them is there."""
+
+    async def publish(self, *arguments: Any, **more: Any) -> None:
+        await super().publish(*arguments, **more)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "before the commit":
         die_in(Registry, "record", after=BATCHES)
     elif sys.argv[1] == "between commit and acknowledgement":
         die_in(Ingest, "_acknowledge", after=BATCHES)
+    elif sys.argv[1] == "before a claim":
+        die_in(ReservationService, "claim", after=BATCHES)
+    elif sys.argv[1] == "between claim and answer":
+        die_behind(ReservationService, "claim", after=BATCHES)
+    elif sys.argv[1] == "between answer and acknowledgement":
+        orchestrator.Publisher = Answered  # type: ignore[attr-defined]
+    elif sys.argv[1] == "before a release":
+        die_in(ReservationService, "release", after=BATCHES)
+    elif sys.argv[1] == "between release and answer":
+        die_behind(ReservationService, "release", after=BATCHES)
     else:
         sys.exit(f"no such moment: {sys.argv[1]}")
     sys.argv[1:] = ["orchestrator", "run"]

@@ -232,15 +232,28 @@ async def test_a_planner_whose_line_is_cut_gets_the_same_reservation(
     serving: str, registry: Registry, database: Connection
 ) -> None:
     await record(registry, rig(gpu(0, 70.0)))
-    async with Proxy.to(serving).running() as proxy:
-        async with PlannerClient.open(proxy.url(serving)) as planner:
-            await planner.find()
-            asking = asyncio.create_task(planner.take(request(gpu_vram_gb=20.0), timeout=20))
-            proxy.swallows = True  # the request may arrive, its answer does not
-            await asyncio.sleep(0.5)
-            proxy.swallows = False
-            proxy.cut()
-            made = await asking
+    async with (
+        Proxy.to(serving).running() as proxy,
+        PlannerClient.open(proxy.url(serving)) as planner,
+    ):
+        await planner.find()
+        proxy.latency_seconds = 0.2  # so that the line is cut while the answer is on its way
+        asking = asyncio.create_task(planner.take(request(gpu_vram_gb=20.0), timeout=20))
+
+        async def is_made() -> bool:
+            return not await is_free(registry)
+
+        await until(is_made, "the reservation")
+        resets = proxy.resets
+        proxy.resets_after_bytes = 0
+        proxy.latency_seconds = 0.0
+
+        async def is_cut() -> bool:
+            return proxy.resets > resets
+
+        await until(is_cut, "the line is cut")
+        proxy.resets_after_bytes = None
+        made = await asking
 
     assert made.state == "held"
     assert await broken(database) == []
