@@ -371,7 +371,11 @@ async def preview(settings: Settings) -> Preview:
 
 async def _reader(settings: Settings) -> Reader:
     said = {field.name: getattr(settings, field.name) for field in fields(OperatorWord)}
-    return await Reader.open(settings.heartbeat_interval_seconds, OperatorWord(**said))
+    return await Reader.open(
+        settings.heartbeat_interval_seconds,
+        OperatorWord(**said),
+        state_folder=settings.state_folder,
+    )
 
 
 def _agent(settings: Settings, who: Identity, reader: Reader) -> BaseAgent:

@@ -1,6 +1,7 @@
 """``chiffon agent``: this machine's agent."""
 
 from typing import Annotated
+from uuid import UUID
 
 import typer
 
@@ -78,3 +79,24 @@ def probe(
         note(f"could not be read: {line}")
     for line in shown.notes:
         note(line)
+
+
+@app.command()
+def tie(
+    reservation: Annotated[
+        UUID, typer.Argument(metavar="RESERVATION", help="The reservation's id.")
+    ],
+    processes: Annotated[
+        list[int], typer.Argument(metavar="PID...", help="Processes of this host that run now.")
+    ],
+) -> None:
+    """Tell this machine's agent which processes use a reservation.
+
+    What they start belongs to it as well. So their memory is known to be that of the reservation,
+    and is not guessed from what became less on the machine.
+    """
+    from chiffon.probes.jobs import tie as write
+    from chiffon.settings import load
+
+    write(load().state_folder, reservation, processes)
+    note(f"tied to {reservation}: {', '.join(str(one) for one in processes)}")

@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from chiffon.errors import AgentNotFoundError, BadMessage, CapacityRefused, RegistryUnavailable
 
@@ -165,10 +166,22 @@ def _of_validation(_: Request, error: Exception) -> JSONResponse:
     return answer(400, "invalid_request", f"{place[:64]}: {problem}")
 
 
-def _of_http(_: Request, error: Exception) -> JSONResponse:
+def _methods(request: Request) -> list[str]:
+    # The framework names those of the first route with this path only.
+    found: set[str] = set()
+    for route in request.app.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            found |= getattr(route, "methods", None) or set()
+    return sorted(found)
+
+
+def _of_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    code = "unsupported_type" if error.status_code == 405 else "invalid_request"
+    is_method = error.status_code == HTTPStatus.METHOD_NOT_ALLOWED
+    code = "unsupported_type" if is_method else "invalid_request"
     headers = dict(error.headers) if error.headers else None
+    if is_method:
+        headers = {"Allow": ", ".join(_methods(request))}
     return answer(error.status_code, code, str(error.detail), headers)
 
 

@@ -6,7 +6,7 @@ cards of one vendor, and a sum over several would promise what no job can take. 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from chiffon.messages import Gpu
 from chiffon.probes.operator import OperatorWord
@@ -26,6 +26,7 @@ class GpuReadings:
     errors: list[str]
     notes: list[str]
     sample_age_seconds: float | None
+    used: dict[str, dict[int, int | None]] = field(default_factory=dict)
 
 
 def combine(
@@ -55,7 +56,9 @@ def combine(
     may_stand_in = len(present) == 1 or vendor is not None
     cards = {
         one.sample.vendor: [
-            _less_reserved(gpu, word, memory_available_gb)
+            _less_reserved(gpu, word, memory_available_gb).model_copy(
+                update={"gpu_type": one.sample.vendor}
+            )
             for gpu in (
                 _as_said(one.sample, word, may_stand_in) if one is first else one.sample.gpus
             )
@@ -74,6 +77,7 @@ def combine(
         [printable(line, 512) for line in errors][:MOST],
         notes,
         None if age is None else round(age, 3),
+        {uuid: each for one in present for uuid, each in one.sample.used.items()},
     )
 
 

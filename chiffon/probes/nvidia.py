@@ -13,6 +13,7 @@ import contextlib
 import os
 import platform
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,11 @@ class NvidiaProbe:
         for name, handle in devices.items():
             place = len(sample.gpus) + len(sample.errors)
             try:
-                sample.gpus.append(self._gpu(nvml, handle, place, is_instance=len(name) > 1))
+                gpu = self._gpu(nvml, handle, place, is_instance=len(name) > 1)
+                sample.gpus.append(gpu)
+                used = _if_told(partial(_used, nvml, handle))
+                if gpu.uuid is not None and used is not None:
+                    sample.used[gpu.uuid] = used
             except Exception as error:
                 said = " instance ".join(str(one) for one in name)
                 sample.errors.append(_line(f"nvidia gpu {said}", error))
@@ -205,6 +210,20 @@ def _devices(nvml: Any, index: int) -> dict[tuple[int, ...], Any]:
     if not instances:
         raise ProbeError("MIG is on and it has no instances")
     return instances
+
+
+def _used(nvml: Any, handle: Any) -> dict[int, int | None]:
+    """Return the bytes that each process has on a GPU; as the host numbers processes."""
+    found: dict[int, int | None] = {}
+    for one in (
+        *nvml.nvmlDeviceGetComputeRunningProcesses(handle),
+        *nvml.nvmlDeviceGetGraphicsRunningProcesses(handle),
+    ):
+        size = None if one.usedGpuMemory is None else _known(one.usedGpuMemory)
+        # Of what both list, the larger: the two overlap.
+        before = found.get(one.pid, 0)
+        found[one.pid] = None if size is None or before is None else max(size, before)
+    return found
 
 
 def _if_told(call: Callable[[], Any]) -> Any:

@@ -9,6 +9,7 @@ from chiffon.messages import ResourceMetrics
 from chiffon.probes import amd, intel, memory
 from chiffon.probes.cpu import CpuProbe
 from chiffon.probes.gpus import combine
+from chiffon.probes.jobs import Jobs
 from chiffon.probes.nvidia import NvidiaProbe
 from chiffon.probes.operator import NOTHING_SAID, OperatorWord
 from chiffon.probes.sample import Reading
@@ -39,6 +40,7 @@ class Reader:
         word: What the operator says of this host.
         sources: What to ask for GPUs, by vendor.
         root: Where ``/proc`` and the control groups are.
+        state_folder: Where processes are tied to reservations.
     """
 
     def __init__(
@@ -47,11 +49,13 @@ class Reader:
         word: OperatorWord,
         sources: Mapping[str, GpuSource],
         root: Path,
+        state_folder: Path | None = None,
     ) -> None:
         self._interval = interval_seconds
         self._word = word
         self._root = root
         self._cpu = CpuProbe(root, word)
+        self._jobs = Jobs(state_folder)
         self._samplers = [
             Sampler(vendor, source, LONGEST * interval_seconds)
             for vendor, source in sources.items()
@@ -69,13 +73,14 @@ class Reader:
         word: OperatorWord = NOTHING_SAID,
         sources: Mapping[str, GpuSource] | None = None,
         root: Path = Path("/"),
+        state_folder: Path | None = None,
     ) -> Self:
         """Start to read: two CPU samples 0.25 s apart, and the first of the GPUs.
 
         A first GPU sample may take seconds where the driver has to load; after 2 s we go on.
         """
         asked = gpu_sources(root, word) if sources is None else sources
-        reader = cls(interval_seconds, word, asked, root)
+        reader = cls(interval_seconds, word, asked, root, state_folder)
         reader._cpu.read()
         await asyncio.gather(
             asyncio.sleep(FIRST_CPU_SAMPLE_SECONDS),
@@ -105,6 +110,7 @@ class Reader:
             gpu_sample_age_seconds=gpus.sample_age_seconds,
             overridden=[one.name for one in self.readings if one.is_overridden],
             reserved=self._word.reserved,
+            observed=self._jobs.observe(gpus.gpus, gpus.used),
         )
 
     def close(self) -> None:

@@ -43,6 +43,7 @@ class GpuSample:
         errors: One line each for what is present and could not be read.
         notes: One line each for what is present and left out on purpose.
         source: The files or the call that the values are from.
+        used: Bytes by process, of each GPU by its UUID; of those only whose driver tells.
     """
 
     vendor: str
@@ -50,6 +51,7 @@ class GpuSample:
     errors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     source: str = ""
+    used: dict[str, dict[int, int | None]] = field(default_factory=dict)
 
     @property
     def is_present(self) -> bool:

@@ -88,6 +88,7 @@ class Sampler:
                 sample,
                 gpus=[_without_use(gpu) for gpu in sample.gpus],
                 errors=[*sample.errors, line],
+                used={},
             )
         return Taken(sample, age, took)
 

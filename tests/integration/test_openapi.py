@@ -82,7 +82,7 @@ async def test_no_request_at_all_makes_the_gateway_fail(
                 "run",
                 f"{http.base_url}/openapi.json",
                 *("--phases", "examples,coverage,fuzzing"),
-                *("--max-examples", "40"),
+                *("--max-examples", "15"),
                 *("--seed", "1"),
                 *("--checks", "all"),
                 # A text may hold what is no number of ours and yet of the schema's type.
