@@ -18,6 +18,7 @@ from chiffon.messages import (
     Reservations,
     ReservationState,
 )
+from chiffon.messages.fields import Name
 from chiffon.reservations import ReservationService
 
 ReservationId = Annotated[
@@ -32,7 +33,7 @@ class ListParameters(BaseModel):
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     state: ReservationState | None = Field(None, description="Only these; default: all.")
-    holder: str | None = Field(None, max_length=255, description="Only this holder's.")
+    holder: Name | None = Field(None, description="Only this holder's.")
     agent_id: UUID | None = Field(None, description="Only those on this agent.")
     limit: int = Field(100, ge=1, le=MAX_OFFERS)
 
