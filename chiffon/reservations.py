@@ -46,6 +46,7 @@ class ReservationService:
     def __init__(self, registry: Registry) -> None:
         self._ledger = Ledger(registry)
         self._capacity = OrchestratorService(registry)
+        self._explaining: dict[str, asyncio.Task[Explanation]] = {}
 
     async def reserve(self, request: CapacityReserve) -> Reservation:
         """Take room, one transaction for each of the choices until one is free.
@@ -78,7 +79,7 @@ class ReservationService:
             return made
         if is_contended:
             raise CapacityRefused("unavailable", "others are taking the same room; try again")
-        explanation = await self._capacity.explain_refusal(request)
+        explanation = await self._explain(request)
         raise InsufficientCapacity(
             "insufficient_capacity",
             _sentence(request, explanation),
@@ -96,6 +97,19 @@ class ReservationService:
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 1.5, LONGEST_PAUSE_SECONDS)
         return Refused(is_contended=True)
+
+    async def _explain(self, request: CapacityReserve) -> Explanation:
+        """Say why there is no room; all who ask for the same at once share one look at the fleet.
+
+        It looks at every agent, which a herd of losers would otherwise do once each.
+        """
+        wanted = request.model_dump_json(exclude={"holder", "idempotency_key", "lease_seconds"})
+        looking = self._explaining.get(wanted)
+        if looking is None:
+            looking = asyncio.create_task(self._capacity.explain_refusal(request))
+            self._explaining[wanted] = looking
+            looking.add_done_callback(lambda _: self._explaining.pop(wanted, None))
+        return await asyncio.shield(looking)
 
     async def undelivered(self, claim: Claim) -> bool:
         """Give room back whose reservation nobody took note of; returns whether it was."""

@@ -77,9 +77,9 @@ class Settings(BaseSettings):
     heartbeat_interval_seconds: float = Field(5.0, ge=0.5, le=600, allow_inf_nan=False)
 
     # What the operator says of the host; the fields of probes.operator.OperatorWord.
-    reserved_cpu_cores: float = Field(0.0, ge=0, le=1e6, allow_inf_nan=False)
-    reserved_memory_gb: float = Field(0.0, ge=0, le=1e6, allow_inf_nan=False)
-    reserved_gpu_vram_gb: float = Field(0.0, ge=0, le=1e6, allow_inf_nan=False)
+    kept_cpu_cores: float = Field(0.0, ge=0, le=1e6, allow_inf_nan=False)
+    kept_memory_gb: float = Field(0.0, ge=0, le=1e6, allow_inf_nan=False)
+    kept_gpu_vram_gb: float = Field(0.0, ge=0, le=1e6, allow_inf_nan=False)
     override_cpu_cores: float | None = Field(None, ge=0, le=1e6, allow_inf_nan=False)
     override_cpu_cores_physical: int | None = Field(None, ge=0, le=1_000_000)
     override_memory_total_gb: float | None = Field(None, gt=0, le=1e6, allow_inf_nan=False)

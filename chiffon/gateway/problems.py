@@ -13,7 +13,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
-from starlette.routing import Match
 
 from chiffon.errors import AgentNotFoundError, BadMessage, CapacityRefused, RegistryUnavailable
 
@@ -166,13 +165,11 @@ def _of_validation(_: Request, error: Exception) -> JSONResponse:
     return answer(400, "invalid_request", f"{place[:64]}: {problem}")
 
 
-def _methods(request: Request) -> list[str]:
-    # The framework names those of the first route with this path only.
-    found: set[str] = set()
-    for route in request.app.routes:
-        if route.matches(request.scope)[0] is not Match.NONE:
-            found |= getattr(route, "methods", None) or set()
-    return sorted(found)
+def _methods(request: Request) -> str | None:
+    """Return the methods that a path has; the framework names those of its first route only."""
+    route = getattr(request.scope.get("route"), "path", None)
+    described = request.app.openapi()["paths"].get(route)
+    return None if described is None else ", ".join(sorted(name.upper() for name in described))
 
 
 def _of_http(request: Request, error: Exception) -> JSONResponse:
@@ -180,8 +177,9 @@ def _of_http(request: Request, error: Exception) -> JSONResponse:
     is_method = error.status_code == HTTPStatus.METHOD_NOT_ALLOWED
     code = "unsupported_type" if is_method else "invalid_request"
     headers = dict(error.headers) if error.headers else None
-    if is_method:
-        headers = {"Allow": ", ".join(_methods(request))}
+    methods = _methods(request) if is_method else None
+    if methods is not None:
+        headers = {"Allow": methods}
     return answer(error.status_code, code, str(error.detail), headers)
 
 

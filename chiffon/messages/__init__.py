@@ -43,9 +43,9 @@ from chiffon.messages.fields import (
 from chiffon.messages.heartbeat import (
     SCALAR_METRICS,
     Gpu,
+    Kept,
     Observed,
     ObservedGpu,
-    Reserved,
     ResourceMetrics,
     StatusUpdate,
 )
@@ -101,6 +101,7 @@ __all__ = [
     "Explanation",
     "FleetEvent",
     "Gpu",
+    "Kept",
     "Miss",
     "Needs",
     "Observed",
@@ -118,7 +119,6 @@ __all__ = [
     "ReservationShow",
     "ReservationState",
     "Reservations",
-    "Reserved",
     "ReservedGpu",
     "ResourceMetrics",
     "StatusUpdate",

@@ -49,7 +49,7 @@ class Gpu(Message):
         return self
 
 
-class Reserved(Message):
+class Kept(Message):
     """What the operator keeps for the host's owner; it is not in the available values."""
 
     cpu_cores: Annotated[float, Field(ge=0, le=MAX_COUNT)] = 0.0
@@ -113,7 +113,7 @@ class ResourceMetrics(Message):
     overridden: Annotated[list[Word], Field(max_length=64)] = Field(
         default_factory=list, description="Fields that the operator set, not the probes."
     )
-    reserved: Reserved | None = None
+    kept: Kept | None = None
     observed: Annotated[list[Observed], Field(max_length=256)] = Field(
         default_factory=list,
         description="What is known to be in use of reservations.",

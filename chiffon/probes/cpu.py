@@ -4,7 +4,7 @@ A new job is held by every bound at once: the CPUs that are online, those that t
 run on (affinity, which a cpuset group sets as well), and the quota of every control group from
 our own up to the root of the mount. So
 
-    cpu_cores_available = floor(min over bounds(CPUs - CPUs busy inside it) - reserved), >= 0
+    cpu_cores_available = floor(min over bounds(CPUs - CPUs busy inside it) - kept), >= 0
 
 Busy inside the host, or inside the affinity, is what ran on those CPUs since the last reading;
 busy inside a group is what the group used. Where a group does not count its own use, all that is
@@ -151,10 +151,10 @@ class CpuProbe:
                 inside = busy.cpus_by_group.get(quota.source, on_host)
                 bounds.append((quota.cpus, inside, f"by {quota.source}"))
         cpus, inside, name = min(bounds, key=lambda bound: bound[0] - bound[1])
-        reserved = self._word.reserved_cpu_cores
-        kept = f", {reserved:g} reserved" if reserved else ""
-        said = f"{cpus:g} CPUs {name}, {inside:.2f} busy{kept}"
-        return max(math.floor(cpus - inside - reserved), 0), said
+        kept = self._word.kept_cpu_cores
+        said_kept = f", {kept:g} kept" if kept else ""
+        said = f"{cpus:g} CPUs {name}, {inside:.2f} busy{said_kept}"
+        return max(math.floor(cpus - inside - kept), 0), said
 
 
 def _look(quotas: list[CpuQuota]) -> _Counters:

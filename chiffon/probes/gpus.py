@@ -56,7 +56,7 @@ def combine(
     may_stand_in = len(present) == 1 or vendor is not None
     cards = {
         one.sample.vendor: [
-            _less_reserved(gpu, word, memory_available_gb).model_copy(
+            _less_kept(gpu, word, memory_available_gb).model_copy(
                 update={"gpu_type": one.sample.vendor}
             )
             for gpu in (
@@ -103,13 +103,13 @@ def _as_said(sample: GpuSample, word: OperatorWord, may_stand_in: bool) -> list[
     return said
 
 
-def _less_reserved(gpu: Gpu, word: OperatorWord, memory_available_gb: float | None) -> Gpu:
+def _less_kept(gpu: Gpu, word: OperatorWord, memory_available_gb: float | None) -> Gpu:
     free = gpu.vram_available_gb
     if free is None:
         return gpu
-    bounds = [free - word.reserved_gpu_vram_gb]
+    bounds = [free - word.kept_gpu_vram_gb]
     if gpu.vram_total_gb is not None:
-        bounds.append(gpu.vram_total_gb - word.reserved_gpu_vram_gb)
+        bounds.append(gpu.vram_total_gb - word.kept_gpu_vram_gb)
     if gpu.is_unified and memory_available_gb is not None:
         bounds.append(memory_available_gb)
     return gpu.model_copy(update={"vram_available_gb": max(round(min(bounds), 3), 0.0)})
@@ -166,8 +166,8 @@ def _source(name: str, detected: str, word: OperatorWord) -> str:
         return ", ".join(parts)
     if word.override_gpu_vram_available_gb is not None:
         parts = ["CHIFFON_OVERRIDE_GPU_VRAM_AVAILABLE_GB"]
-    if word.reserved_gpu_vram_gb:
-        parts.append(f"{word.reserved_gpu_vram_gb:g} GiB of each reserved")
+    if word.kept_gpu_vram_gb:
+        parts.append(f"{word.kept_gpu_vram_gb:g} GiB of each kept")
     return ", ".join(parts)
 
 

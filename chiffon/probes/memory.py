@@ -1,6 +1,6 @@
 """Memory: what may still be allocated, by this host and by the control groups we are in.
 
-    memory_available_gb = min over host and groups(available) - reserved, >= 0
+    memory_available_gb = min over host and groups(available) - kept, >= 0
 
 Available is MemAvailable on the host, and the limit less the working set in each group from our
 own up to the root of the mount; ``memory_percent`` is of the total of whichever has least left.
@@ -30,11 +30,11 @@ def read(root: Path = Path("/"), word: OperatorWord = NOTHING_SAID) -> list[Read
         overridden = int(word.override_memory_total_gb * GIB)
         available = max(overridden - (total - available), 0)
         total, source = overridden, f"CHIFFON_OVERRIDE_MEMORY_TOTAL_GB, in use by {source}"
-    kept = f", {word.reserved_memory_gb:g} GiB reserved" if word.reserved_memory_gb else ""
+    kept = f", {word.kept_memory_gb:g} GiB kept" if word.kept_memory_gb else ""
     percent = free_gb = None
     if available is not None:
         percent = round(100 * (1 - available / total), 1) if total else 100.0
-        free_gb = max(round(to_gb(available) - word.reserved_memory_gb, 3), 0.0)
+        free_gb = max(round(to_gb(available) - word.kept_memory_gb, 3), 0.0)
     return [
         Reading("memory_percent", percent, source, read.seconds, is_overridden, read.problem),
         Reading(

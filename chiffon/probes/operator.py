@@ -2,22 +2,22 @@
 
 from dataclasses import dataclass
 
-from chiffon.messages import Reserved
+from chiffon.messages import Kept
 
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorWord:
     """What the operator says of this host; nothing by default. GPU sizes are of each GPU.
 
-    What is reserved is subtracted from what is available, on top of what runs now. What is
+    What is kept is subtracted from what is available, on top of what runs now. What is
     overridden is believed: totals and usable cores replace what is detected, while what is in use
     is still measured; only ``override_gpu_vram_available_gb`` stands as it is, for cards whose
     use cannot be read.
 
     Args:
-        reserved_cpu_cores: CPUs, possibly a fraction.
-        reserved_memory_gb: GiB.
-        reserved_gpu_vram_gb: GiB.
+        kept_cpu_cores: CPUs, possibly a fraction.
+        kept_memory_gb: GiB.
+        kept_gpu_vram_gb: GiB.
         override_cpu_cores: CPUs that jobs may use, possibly a fraction.
         override_cpu_cores_physical: Physical cores.
         override_memory_total_gb: GiB.
@@ -27,9 +27,9 @@ class OperatorWord:
         integrated_gpus: Whether GPUs that share the host's memory count, too.
     """
 
-    reserved_cpu_cores: float = 0.0
-    reserved_memory_gb: float = 0.0
-    reserved_gpu_vram_gb: float = 0.0
+    kept_cpu_cores: float = 0.0
+    kept_memory_gb: float = 0.0
+    kept_gpu_vram_gb: float = 0.0
     override_cpu_cores: float | None = None
     override_cpu_cores_physical: int | None = None
     override_memory_total_gb: float | None = None
@@ -39,14 +39,14 @@ class OperatorWord:
     integrated_gpus: bool = False
 
     @property
-    def reserved(self) -> Reserved | None:
-        """What is reserved, as a heartbeat tells it; ``None`` if nothing is."""
-        reserved = Reserved(
-            cpu_cores=self.reserved_cpu_cores,
-            memory_gb=self.reserved_memory_gb,
-            gpu_vram_gb=self.reserved_gpu_vram_gb,
+    def kept(self) -> Kept | None:
+        """What is kept, as a heartbeat tells it; ``None`` if nothing is."""
+        kept = Kept(
+            cpu_cores=self.kept_cpu_cores,
+            memory_gb=self.kept_memory_gb,
+            gpu_vram_gb=self.kept_gpu_vram_gb,
         )
-        return None if reserved == Reserved() else reserved
+        return None if kept == Kept() else kept
 
 
 NOTHING_SAID = OperatorWord()

@@ -109,7 +109,7 @@ class Reader:
             probe_errors=[*problems, *gpus.errors][:64],
             gpu_sample_age_seconds=gpus.sample_age_seconds,
             overridden=[one.name for one in self.readings if one.is_overridden],
-            reserved=self._word.reserved,
+            kept=self._word.kept,
             observed=self._jobs.observe(gpus.gpus, gpus.used),
         )
 

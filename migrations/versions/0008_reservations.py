@@ -89,7 +89,7 @@ LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE AS $$
 DECLARE
   vendor text := metrics ->> 'gpu_type';
   scalar numeric := chiffon_number(metrics -> 'gpu_vram_available_gb');
-  kept numeric := coalesce(chiffon_number(metrics #> '{reserved,gpu_vram_gb}'), 0);
+  kept_back numeric := coalesce(chiffon_number(metrics #> '{kept,gpu_vram_gb}'), 0);
   listed boolean := EXISTS (SELECT FROM chiffon_elements(metrics -> 'gpus'));
   ids text[];
   holdings jsonb[];
@@ -161,7 +161,7 @@ BEGIN
          WHERE jsonb_typeof(o) = 'object' AND chiffon_gpu_key(o) = gpu_key) END;
     END LOOP;
     left_here := chiffon_left(
-      live, chiffon_number(gpu -> 'vram_total_gb') - kept, taken, free_before, observed);
+      live, chiffon_number(gpu -> 'vram_total_gb') - kept_back, taken, free_before, observed);
     -- Such a card has no memory of its own: what jobs hold of the host's is gone for it as well.
     IF gpu -> 'is_unified' = 'true' THEN
       left_here := least(left_here, (memory ->> 'left')::numeric);

@@ -162,7 +162,7 @@ async def test_every_filter_of_the_contract_filters_over_http(
     found = (await http.get(AVAILABLE, params=filters)).json()
 
     assert [one["agent_id"] for one in found] == [str(fitting)]
-    assert set(others) | {"limit", "explain"} == set(CapacityQuery.model_fields)
+    assert set(others) | {"limit", "explain", "show_reserved"} == set(CapacityQuery.model_fields)
     for name, value in others.items():
         answer = await http.get(AVAILABLE, params={**filters, name: value})
         assert (name, answer.status_code, answer.json()) == (name, 200, [])
@@ -604,6 +604,8 @@ async def test_an_unknown_path_or_method_is_a_problem_too(http: httpx.AsyncClien
     refused = await http.post(AVAILABLE)
     assert refused.status_code == 405
     assert refused.headers["allow"] == "GET"
+    refused = await http.delete("/api/v1/reservations")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "GET, POST")
 
 
 async def test_a_request_for_another_host_is_refused(http: httpx.AsyncClient) -> None:

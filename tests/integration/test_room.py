@@ -183,7 +183,7 @@ async def test_with_unknown_processes_a_stranger_who_comes_later_is_taken_for_th
 
 
 async def test_what_the_operator_keeps_is_kept_from_all_reservations(registry: Registry) -> None:
-    kept = rig(gpu(0, 70.0), resources={"reserved": {"gpu_vram_gb": 10.0}})
+    kept = rig(gpu(0, 70.0), resources={"kept": {"gpu_vram_gb": 10.0}})
     await record(registry, kept)
 
     await ReservationService(registry).reserve(request(gpu_vram_gb=40.0))
@@ -234,7 +234,7 @@ async def test_a_gpu_without_memory_of_its_own_shares_the_hosts(registry: Regist
         '{"gpus": [7, null, {}, {"uuid": 3, "vram_available_gb": "x"}], "observed": {"a": 1}}',
         '{"gpus": [{"vram_available_gb": 1e400}], "gpu_vram_available_gb": 1e400}',
         '{"cpu_cores_available": "many", "observed": [1, {"reservation_id": 5, "gpus": 5}]}',
-        '{"reserved": 5, "gpu_type": []}',
+        '{"kept": 5, "gpu_type": []}',
     ],
 )
 async def test_nothing_that_others_write_makes_it_fail(database: Connection, metrics: str) -> None:

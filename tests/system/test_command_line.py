@@ -101,7 +101,7 @@ def test_probe_tells_a_person_where_each_value_is_from(tmp_path: Path) -> None:
         "agent",
         "probe",
         CHIFFON_STATE_DIR=str(tmp_path),
-        CHIFFON_RESERVED_MEMORY_GB="0.5",
+        CHIFFON_KEPT_MEMORY_GB="0.5",
         CHIFFON_OVERRIDE_GPU_TYPE="gaudi",
         CHIFFON_OVERRIDE_GPU_VRAM_TOTAL_GB="96",
     )
@@ -113,7 +113,7 @@ def test_probe_tells_a_person_where_each_value_is_from(tmp_path: Path) -> None:
     assert set(SCALAR_METRICS) <= set(rows)
     assert rows["cpu_percent"][1] == "detected"
     assert rows["cpu_percent"][2].startswith("/proc/stat, over ")
-    assert rows["memory_available_gb"][2].endswith("0.5 GiB reserved")
+    assert rows["memory_available_gb"][2].endswith("0.5 GiB kept")
     assert rows["memory_available_gb"][3].endswith(" ms")
     assert rows["gpu_vram_total_gb"][:2] == ["96", "overridden"]
     assert rows["gpu_vram_available_gb"][:2] == ["-", "unknown"]

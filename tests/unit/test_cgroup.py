@@ -184,11 +184,11 @@ def test_where_no_group_limits_it_is_what_the_host_has_left(captured: Path, tmp_
 
 
 def test_what_is_kept_for_the_owner_is_not_available(captured: Path) -> None:
-    _, available = read(captured, OperatorWord(reserved_memory_gb=0.5))
-    _, nothing = read(captured, OperatorWord(reserved_memory_gb=5.0))
+    _, available = read(captured, OperatorWord(kept_memory_gb=0.5))
+    _, nothing = read(captured, OperatorWord(kept_memory_gb=5.0))
 
     assert available.value == pytest.approx(0.451)
-    assert available.source.endswith("0.5 GiB reserved")
+    assert available.source.endswith("0.5 GiB kept")
     assert nothing.value == 0.0
 
 
@@ -220,12 +220,12 @@ sizes = st.integers(0, 2**40)
 
 @given(
     groups=st.lists(st.tuples(sizes, sizes, sizes), max_size=4),
-    reserved=st.floats(0, 100),
+    kept=st.floats(0, 100),
 )
 def test_available_never_exceeds_what_any_level_has_left(
     tmp_path_factory: pytest.TempPathFactory,
     groups: list[tuple[int, int, int]],
-    reserved: float,
+    kept: float,
 ) -> None:
     names = ["/".join("g" for _ in range(depth + 1)) for depth in range(len(groups))]
     files = {}
@@ -237,11 +237,11 @@ def test_available_never_exceeds_what_any_level_has_left(
         tmp_path_factory.mktemp("tree"), [f"0::/{names[-1] if names else ''}"], [V2_MOUNT], files
     )
 
-    percent, available = read(root, OperatorWord(reserved_memory_gb=reserved))
+    percent, available = read(root, OperatorWord(kept_memory_gb=kept))
 
     total = psutil.virtual_memory().total
     assert 0 <= percent.value <= 100
     for limit, usage, cache in groups:
         if limit < total:
             left = max(limit - max(usage - cache, 0), 0) / GIB
-            assert 0 <= available.value <= max(left - reserved, 0) + 0.001
+            assert 0 <= available.value <= max(left - kept, 0) + 0.001

@@ -223,9 +223,7 @@ def test_a_quota_that_is_set_later_is_seen(host: Host) -> None:
 
 def test_the_operator_may_keep_cores_and_say_how_many_there_are(host: Host) -> None:
     host.quotas = {"/own": (2.0, 0.0)}
-    word = OperatorWord(
-        override_cpu_cores=6.0, reserved_cpu_cores=1.5, override_cpu_cores_physical=3
-    )
+    word = OperatorWord(override_cpu_cores=6.0, kept_cpu_cores=1.5, override_cpu_cores_physical=3)
     probe = CpuProbe(word=word)
     probe.read()
     host.run(10, [0.25] * 8)
@@ -234,12 +232,12 @@ def test_the_operator_may_keep_cores_and_say_how_many_there_are(host: Host) -> N
     physical = reading(probe, "cpu_cores_physical")
 
     assert (cores.value, cores.is_overridden) == (2, True)
-    assert cores.source == "6 CPUs by CHIFFON_OVERRIDE_CPU_CORES, 2.00 busy, 1.5 reserved"
+    assert cores.source == "6 CPUs by CHIFFON_OVERRIDE_CPU_CORES, 2.00 busy, 1.5 kept"
     assert (physical.value, physical.is_overridden) == (3, True)
 
 
 def test_cores_that_are_kept_are_not_free(host: Host) -> None:
-    probe = CpuProbe(word=OperatorWord(reserved_cpu_cores=7.5))
+    probe = CpuProbe(word=OperatorWord(kept_cpu_cores=7.5))
     probe.read()
     host.run(10, [0.0] * 8)
 
@@ -283,10 +281,10 @@ def test_counters_that_cannot_be_read_are_unknown_with_a_reason_and_cost_only_th
     busy=st.lists(st.floats(0, 1), min_size=8, max_size=8),
     quotas=st.lists(st.floats(0.1, 20), max_size=4),
     allowed=st.sets(st.integers(0, 7), min_size=1),
-    reserved=st.floats(0, 10),
+    kept=st.floats(0, 10),
 )
 def test_no_bound_is_ever_exceeded(
-    busy: list[float], quotas: list[float], allowed: set[int], reserved: float
+    busy: list[float], quotas: list[float], allowed: set[int], kept: float
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         host = Host(8)
@@ -298,7 +296,7 @@ def test_no_bound_is_ever_exceeded(
         patch.setattr(os, "sysconf", lambda _: host.configured)
         patch.setattr(cpu, "cpu_quotas", host.cpu_quotas)
         patch.setattr(cpu, "time", SimpleNamespace(monotonic=lambda: host.now))
-        probe = CpuProbe(word=OperatorWord(reserved_cpu_cores=reserved))
+        probe = CpuProbe(word=OperatorWord(kept_cpu_cores=kept))
         probe.read()
         host.run(100, busy)
 
@@ -310,7 +308,7 @@ def test_no_bound_is_ever_exceeded(
     idle_on_host = 8 - sum(busy)
     idle_inside = sum(1 - busy[index] for index in allowed)
     for bound in (idle_on_host, idle_inside, *quotas):
-        assert cores <= max(bound - reserved, 0) + rounding
+        assert cores <= max(bound - kept, 0) + rounding
 
 
 def test_a_captured_host_is_read_from_its_own_proc(

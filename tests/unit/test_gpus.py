@@ -106,7 +106,7 @@ TWO = of("nvidia", card(24.0, 20.0), card(24.0, 1.5))
 SAID: dict[str, tuple[list[Taken], dict[str, Any], tuple[Any, ...]]] = {
     "kept for the owner, of each": (
         [TWO],
-        {"reserved_gpu_vram_gb": 2.0},
+        {"kept_gpu_vram_gb": 2.0},
         ("nvidia", 48.0, 18.0, 18.0),
     ),
     "a smaller total, with what is in use": (
@@ -126,7 +126,7 @@ SAID: dict[str, tuple[list[Taken], dict[str, Any], tuple[Any, ...]]] = {
     ),
     "what is available is at most the total, and less what is kept": (
         [ONE],
-        {"override_gpu_vram_available_gb": 99.0, "reserved_gpu_vram_gb": 4.0},
+        {"override_gpu_vram_available_gb": 99.0, "kept_gpu_vram_gb": 4.0},
         ("nvidia", 24.0, 20.0, 20.0),
     ),
     "a total alone does not make up what is free": (
@@ -193,7 +193,7 @@ def test_the_operator_is_believed(name: str) -> None:
     ("word", "overridden"),
     [
         ({}, []),
-        ({"reserved_gpu_vram_gb": 2.0}, []),
+        ({"kept_gpu_vram_gb": 2.0}, []),
         ({"override_gpu_type": "nvidia"}, ["gpu_type"]),
         ({"override_gpu_type": "none"}, ["total", "available", "max_available", "gpu_type"]),
         ({"override_gpu_vram_total_gb": 8.0}, ["total", "available", "max_available"]),
@@ -245,16 +245,16 @@ cards = st.tuples(read, read).map(lambda pair: card(max(pair), min(pair)))
     gpus=st.lists(cards, min_size=1, max_size=8),
     total=st.none() | gigabytes,
     available=st.none() | gigabytes,
-    reserved=gigabytes,
+    kept=gigabytes,
 )
 def test_whatever_the_operator_says_fits_the_contract_and_keeps_what_is_kept(
-    gpus: list[Gpu], total: float | None, available: float | None, reserved: float
+    gpus: list[Gpu], total: float | None, available: float | None, kept: float
 ) -> None:
     readings = combined(
         [of("nvidia", *gpus)],
         override_gpu_vram_total_gb=total,
         override_gpu_vram_available_gb=available,
-        reserved_gpu_vram_gb=reserved,
+        kept_gpu_vram_gb=kept,
     )
 
     _, all_total, all_free, most = scalars(readings)
@@ -262,4 +262,4 @@ def test_whatever_the_operator_says_fits_the_contract_and_keeps_what_is_kept(
     for gpu in readings.gpus:
         assert gpu.vram_total_gb is not None
         assert gpu.vram_available_gb is not None
-        assert gpu.vram_available_gb <= max(gpu.vram_total_gb - reserved, 0) + 0.001
+        assert gpu.vram_available_gb <= max(gpu.vram_total_gb - kept, 0) + 0.001

@@ -69,7 +69,7 @@ NOT_SAID: dict[str, Any] = {
     "gpu_vram_max_available_gb": 20.5,
     "gpu_sample_age_seconds": None,
     "overridden": [],
-    "reserved": None,
+    "kept": None,
 }
 
 

@@ -172,13 +172,13 @@ async def test_one_driver_that_hangs_does_not_hide_the_cards_of_another(
 
 async def test_what_the_operator_says_is_in_the_heartbeat() -> None:
     word = OperatorWord(
-        reserved_memory_gb=1.0, override_cpu_cores_physical=3, override_gpu_vram_total_gb=8.0
+        kept_memory_gb=1.0, override_cpu_cores_physical=3, override_gpu_vram_total_gb=8.0
     )
     async with reading(word=word, amd=lambda: GpuSample("amd", [CARD])) as opened:
         metrics = opened.read()
 
-    assert metrics.reserved is not None
-    assert metrics.reserved.memory_gb == 1.0
+    assert metrics.kept is not None
+    assert metrics.kept.memory_gb == 1.0
     assert metrics.cpu_cores_physical == 3
     assert metrics.overridden == [
         "cpu_cores_physical",

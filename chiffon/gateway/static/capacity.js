@@ -63,6 +63,7 @@ export class Capacity {
       element("p", { className: "found" }, found, offers.degraded ? " We do not trust our own view now: agents may be missing." : ""),
       count ? this.#offers(offers.agents) : "",
       element("p", {}, explanation.summary),
+      explanation.relaxation ? element("p", { className: "relaxation" }, `What would do: ${explanation.relaxation.message}.`) : "",
       explanation.nearest.length ? this.#misses(explanation.nearest) : "",
     );
   }

@@ -94,6 +94,13 @@ export class Detail {
       ["CPU", `${percent(resources.cpu_percent)} busy, load ${number(resources.cpu_load_1min, 2)}, ${number(resources.cpu_cores_available)} cores free (${number(resources.cpu_cores_physical)} physical)`],
       ["Memory", `${gigabytes(resources.memory_available_gb)} free, ${percent(resources.memory_percent)} used`],
     ];
+    if (agent.drained) {
+      const until = agent.drain_deadline ? `; what is left is ended at ${new Date(agent.drain_deadline).toLocaleString()}` : "";
+      facts.push(["Drained", `${agent.drain_reason ?? "no reason given"}${until}`]);
+    }
+    if (agent.left) {
+      facts.push(["Left to reserve", `${gigabytes(agent.left.gpu_vram_gb)} VRAM (${gigabytes(agent.left.single_gpu_vram_gb)} on one GPU), ${number(agent.left.cpu_cores)} cores, ${gigabytes(agent.left.memory_gb)} memory`]);
+    }
     if (agent.lower_incarnations > 0) {
       facts.push(["Id in use twice?", `${agent.lower_incarnations} heartbeats of an earlier start: a cloned disk, or a clock set back`]);
     }
@@ -106,10 +113,21 @@ export class Detail {
     this.#fill(
       list,
       problems.length ? element("ul", { className: "problems" }, ...problems.map((one) => element("li", {}, one))) : null,
+      ...this.#held(agent.held),
       ...this.#gpus(resources),
       ...this.#history(readings),
       this.#body,
     );
+  }
+
+  #held(held) {
+    if (!held.length) return [];
+    const rows = held.map((one) => {
+      const gpus = one.gpus.map((gpu) => `${gigabytes(gpu.vram_gb)} on GPU ${gpu.index}`);
+      const parts = [...gpus, one.cpu_cores ? `${one.cpu_cores} cores` : "", one.memory_gb ? `${gigabytes(one.memory_gb)} memory` : ""];
+      return element("li", {}, `${parts.filter(Boolean).join(", ")} — ${one.reservation_id}`);
+    });
+    return [element("h3", {}, "Reserved"), element("ul", {}, ...rows)];
   }
 
   #gpus(resources) {
