@@ -75,6 +75,17 @@ def fits(agent: Agent, query: CapacityQuery) -> bool:
     )
 
 
+def misses(agent: Agent, query: CapacityQuery) -> list[str]:
+    """Return the fields of the question that alone keep a usable agent from being offered."""
+    if not fits(agent, EVERYBODY):
+        return []
+    return [
+        name
+        for name in CapacityQuery.model_fields
+        if not fits(agent, EVERYBODY.model_copy(update={name: getattr(query, name)}))
+    ]
+
+
 def best_first(agent: Agent) -> tuple[float, float, float, UUID]:
     return (
         -agent.free("gpu_vram_available_gb", 0),
@@ -183,6 +194,17 @@ def test_find_returns_what_a_brute_force_filter_returns_best_first(
                     agent.agent_id for agent in fleet if agent not in expected
                 }
                 assert all(one.reasons for one in why.nearest)
+                least = min(
+                    (len(broken) for agent in fleet if (broken := misses(agent, query))), default=0
+                )
+                if expected or not least:
+                    assert why.relaxation is None
+                    continue
+                assert why.relaxation is not None
+                assert len(why.relaxation.changes) == least, "the fewest changes that would do"
+                relaxed = query.model_copy(update={**why.relaxation.changes, "limit": 1_000})
+                found = runner.run(service.find(relaxed))
+                assert why.relaxation.agent_id in {one.agent_id for one in found.agents}
 
         try:
             compare()
