@@ -104,6 +104,8 @@ class Fleet(BaseModel):
     busy: int
     offline: int
     silent: int = Field(description="Online or busy, and their lease is over.")
+    reservations: int = Field(description="Those that are held now.")
+    waiting: int = Field(description="Questions that wait for room.")
 
     @classmethod
     def of(cls, summary: FleetSummary) -> "Fleet":
@@ -116,6 +118,8 @@ class Fleet(BaseModel):
             busy=summary.agents.get("busy", 0),
             offline=summary.agents.get("offline", 0),
             silent=summary.silent,
+            reservations=summary.reservations,
+            waiting=summary.waiting,
         )
 
 

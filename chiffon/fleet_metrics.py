@@ -49,14 +49,21 @@ def fleet(registry: Registry, most_agents: int = 0) -> Read:
             "chiffon_degraded", "Whether answers are marked as degraded, for any pool."
         )
         degraded.add_metric([], summary.degraded)
+        held = GaugeMetricFamily("chiffon_reservations_held", "Reservations that are held.")
+        held.add_metric([], summary.reservations)
+        waiting = GaugeMetricFamily(
+            "chiffon_questions_waiting", "Questions that wait in line for room."
+        )
+        waiting.add_metric([], summary.waiting)
+        totals: list[Metric] = [is_up, agents, silent, degraded, held, waiting]
         if not most_agents:
-            return [is_up, agents, silent, degraded]
+            return totals
         left_out = GaugeMetricFamily(
             "chiffon_agents_without_series",
             "Agents beyond CHIFFON_METRICS_AGENT_LIMIT, which have no series of their own.",
         )
         left_out.add_metric([], max(sum(summary.agents.values()) - len(rows), 0))
-        return [is_up, agents, silent, degraded, left_out, *_of_agents(rows)]
+        return [*totals, left_out, *_of_agents(rows)]
 
     return read
 

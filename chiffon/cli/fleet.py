@@ -300,6 +300,10 @@ def headline(fleet: "Fleet", seconds: float, trouble: str) -> str:
     counts = [f"{getattr(fleet, name)} {name}" for name in ("online", "busy", "offline")]
     if fleet.silent:
         counts.append(f"{fleet.silent} silent")
+    if fleet.reservations:
+        counts.append(f"{fleet.reservations} reserved")
+    if fleet.waiting:
+        counts.append(f"{fleet.waiting} waiting")
     words = [", ".join(counts)]
     if fleet.degraded:
         pools = (

@@ -139,6 +139,8 @@ FLEET: dict[str, Any] = {
     "busy": 1,
     "offline": 2,
     "silent": 0,
+    "reservations": 3,
+    "waiting": 0,
 }
 CAPACITY: dict[str, Any] = {
     "offers": {

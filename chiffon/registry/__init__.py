@@ -302,6 +302,8 @@ class Registry:
             frozen_pools=row["frozen_pools"],
             agents=json.loads(row["agents"]),
             silent=row["silent"],
+            reservations=row["reservations"],
+            waiting=row["waiting"],
         )
 
     async def forget(self, agent_ids: Sequence[UUID]) -> list[UUID]:

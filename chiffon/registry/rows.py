@@ -147,13 +147,18 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class FleetSummary:
-    """The fleet in numbers: agents by status, and those alive by status whose lease is over."""
+    """The fleet in numbers: agents by status, and those alive by status whose lease is over.
+
+    ``reservations`` are those that are held, ``waiting`` those who stand in line.
+    """
 
     as_of: datetime
     degraded: bool
     frozen_pools: list[str]
     agents: dict[str, int]
     silent: int
+    reservations: int
+    waiting: int
 
 
 @dataclass(frozen=True, slots=True)

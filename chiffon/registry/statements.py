@@ -249,7 +249,9 @@ SELECT statement_timestamp() AS as_of,
        (SELECT coalesce(json_object_agg(status, agents), '{{}}') FROM (
          SELECT status, count(*) AS agents FROM agent_registry GROUP BY status) s) AS agents,
        (SELECT count(*) FROM agent_registry r
-         WHERE r.status IN ('online', 'busy') AND NOT coalesce({FRESH}, false)) AS silent
+         WHERE r.status IN ('online', 'busy') AND NOT coalesce({FRESH}, false)) AS silent,
+       (SELECT count(*) FROM reservation WHERE state = 'held') AS reservations,
+       (SELECT count(*) FROM capacity_wait) AS waiting
 """  # noqa: S608
 
 _AGENT = f"""
