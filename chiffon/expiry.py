@@ -57,6 +57,9 @@ class Expiry:
                 if trouble != str(error):
                     trouble = str(error)
                     log.warning("no reservation is ended: %s", trouble)
+            except Exception:
+                # Whatever somebody wrote into a row must not end the process, again and again.
+                log.exception("ending reservations failed in an unforeseen way")
 
     async def end_due(self) -> Sequence[Reservation]:
         """Make one pass, and tell of those that it ended.

@@ -120,7 +120,8 @@ def relaxation(asked: Asked, found: Mapping[str, Any] | None) -> Relaxation | No
         asked: The question.
         found: That agent, and the rules that it breaks; ``None`` where there is none.
     """
-    if found is None:
+    is_one_gpu = isinstance(asked, CapacityReserve) and asked.gpus == 1
+    if found is None or (is_one_gpu and "gpus" in found["broken"]):
         return None
     changes: dict[str, Any] = {}
     for rule in found["broken"]:
@@ -149,7 +150,10 @@ def _changes(
     if rule == "gpus":
         return {"gpus": 1}
     if rule == "capabilities":
-        return {rule: [word for word in asked.capabilities if word in found["capabilities"]]}
+        words = found["capabilities"]
+        return {
+            rule: [word for word in asked.capabilities if isinstance(words, list) and word in words]
+        }
     if rule not in _AMOUNTS:
         return {rule: _taken_over(rule, found[rule])}
     has = found[rule] or 0.0

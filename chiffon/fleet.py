@@ -1,5 +1,6 @@
 """The fleet as it is shown to people and programs: by the CLI, over HTTP, on the page."""
 
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -124,14 +125,16 @@ class Fleet(BaseModel):
 
 
 def _held(row: AgentRow) -> list[Held]:
-    held = [
-        Held(
-            reservation_id=UUID(reservation_id),
-            fence=one["fence"],
-            gpus=[ReservedGpu(**gpu) for gpu in one["chosen"]],
-            cpu_cores=int(one["cores"][0]),
-            memory_gb=one["memory"][0],
-        )
-        for reservation_id, one in row.held.items()
-    ]
+    held = []
+    for reservation_id, one in row.held.items():
+        with suppress(KeyError, IndexError, TypeError, ValueError):  # others may have written it
+            held.append(
+                Held(
+                    reservation_id=UUID(reservation_id),
+                    fence=one["fence"],
+                    gpus=[ReservedGpu(**gpu) for gpu in one["chosen"]],
+                    cpu_cores=int(one["cores"][0]),
+                    memory_gb=one["memory"][0],
+                )
+            )
     return sorted(held, key=lambda one: one.fence)

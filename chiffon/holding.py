@@ -30,6 +30,11 @@ AGAIN_SECONDS = 0.2
 Renew = Callable[[float], Awaitable[Reservation]]
 
 
+def now() -> float:
+    """Return the time of the holder's clock in seconds: it runs on while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 def _left(reservation: Reservation) -> float:
     """Return what was left of its lease when it was answered: less than all of an old one."""
     return max((reservation.expires_at - reservation.as_of).total_seconds(), 0.0)
@@ -52,7 +57,7 @@ class Holding:
 
     Args:
         reservation: As it was answered.
-        sent: When the request was sent, seconds of ``time.monotonic``.
+        sent: When the request was sent, as ``now`` tells it.
         renew: Renews it, within as many seconds as it is given.
     """
 
@@ -66,7 +71,7 @@ class Holding:
     @property
     def seconds_left(self) -> float:
         """For how long the room may still be relied on; 0 once it is lost."""
-        return 0.0 if self.lost.is_set() else max(self._until - time.monotonic(), 0.0)
+        return 0.0 if self.lost.is_set() else max(self._until - now(), 0.0)
 
     async def keep(self) -> None:
         """Renew at a third of the lease, and again and again while that fails, until it is lost."""
@@ -81,7 +86,7 @@ class Holding:
         if left <= 0:
             self._lose("it could not be renewed in time")
             return False
-        sent = time.monotonic()
+        sent = now()
         try:
             self.reservation = await self._renew(min(left, self.reservation.lease_seconds / 3))
         except (StaleFence, ReservationNotFound) as error:
@@ -90,6 +95,10 @@ class Holding:
         except (CapacityError, BusUnavailable) as error:
             log.warning("reservation %s not renewed: %s", self.reservation.reservation_id, error)
             await asyncio.sleep(min(AGAIN_SECONDS, self.seconds_left))
+            return False
+        except Exception as error:
+            log.exception("renewing failed in an unforeseen way")
+            self._lose(f"renewing failed: {type(error).__name__}")
             return False
         self._until = sent + usable_seconds(_left(self.reservation))
         return True

@@ -75,9 +75,10 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
         )
         answers = await stack.enter_async_context(Link(amqp_url, name=f"{name} answers"))
         dead_letters = DeadLetters(outgoing)
-        confirmed = Publisher(answers)
+        # Of their own: where an answer goes is the asker's word, and it is sent again and again.
+        late_answers = await stack.enter_async_context(Link(amqp_url, name=f"{name} calls back"))
         reservations = ReservationService(registry)
-        waiting = WaitingRoom(registry, confirmed)
+        waiting = WaitingRoom(registry, Publisher(late_answers))
         events = Events(outgoing)
         ingest = Ingest(
             registry,
@@ -91,7 +92,7 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
             Questions(OrchestratorService(registry), reservations, waiting),
             reservations,
             answers,
-            confirmed,
+            Publisher(answers),
             dead_letters,
             reply_forms=settings.reply_forms,
         )

@@ -38,7 +38,7 @@ from chiffon.errors import (
     StaleFence,
     Unroutable,
 )
-from chiffon.holding import Holding
+from chiffon.holding import Holding, now
 from chiffon.link import Link
 from chiffon.messages import (
     CAPACITY_AGENT,
@@ -83,6 +83,14 @@ ASK_AGAIN_SECONDS = 0.5
 ASK_TO_WAIT_AGAIN_SECONDS = 30.0
 WAIT_GRACE_SECONDS = 5.0
 """For the answer that time is up."""
+
+WAIT_PAUSE_SECONDS = 1.0
+TRY_SECONDS = 5.0
+"""How often room is tried for of which the line knows only a part."""
+
+LONGEST_WAIT_SECONDS = 86_400.0
+
+_PASSING = ("unavailable", "expired")
 
 Answer = TypeVar("Answer", bound=BaseModel)
 
@@ -255,6 +263,7 @@ class PlannerClient:
         """
         deadline = time.monotonic() + question.timeout_seconds
         wait_id = question.wait_id or uuid4()
+        is_first = True
         while True:
             left = deadline - time.monotonic()
             asked = question.model_copy(
@@ -269,6 +278,13 @@ class PlannerClient:
             except CapacityTimeout:
                 if is_last:
                     raise
+            except (NoResponders, CapacityRefused) as error:
+                is_passing = isinstance(error, NoResponders) or error.code in _PASSING
+                # Who has asked once stands in line, which outlives responder and broker.
+                if is_first or not is_passing or left <= 0:
+                    raise
+                await asyncio.sleep(min(WAIT_PAUSE_SECONDS, left))
+            is_first = False
 
     async def _reserve_or_wait(
         self, request: CapacityReserve, timeout: float, wait_seconds: float
@@ -276,16 +292,25 @@ class PlannerClient:
         """Return the reservation, and when the request was sent."""
         deadline = time.monotonic() + wait_seconds
         wait_id = uuid4()
+        needs = request.needs().model_dump(exclude={"limit"})
+        # The line knows the needs of one agent; whatever else is wanted has to be tried.
+        is_simple = request.count == request.gpus == 1 and not (
+            request.alternatives or request.agent_id
+        )
         while True:
-            sent = time.monotonic()
+            sent = now()
             try:
                 return await self.take(request, timeout=timeout), sent
             except InsufficientCapacity:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise
-            needs = request.needs().model_dump(exclude={"limit"})
-            await self.wait(CapacityWait(**needs, wait_id=wait_id, timeout_seconds=left))
+            patience = min(left, LONGEST_WAIT_SECONDS if is_simple else TRY_SECONDS)
+            offers = await self.wait(
+                CapacityWait(**needs, wait_id=wait_id, timeout_seconds=patience)
+            )
+            if offers.agents and not is_simple:
+                await asyncio.sleep(min(WAIT_PAUSE_SECONDS, left))
 
     async def _give_back(self, reservation: Reservation, timeout: float) -> None:
         held = ReservationRelease(

@@ -5,7 +5,6 @@ Transport is left to who asks this: ``responder``.
 
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 from uuid import UUID, uuid5
 
@@ -27,6 +26,7 @@ from chiffon.messages import (
     ReservationShow,
 )
 from chiffon.registry.ledger import Claim
+from chiffon.registry.line import Reply
 from chiffon.reservations import ReservationService
 from chiffon.waiting import WaitingRoom
 
@@ -49,15 +49,6 @@ _BODIES: dict[str, type[BaseModel]] = {
 }
 KINDS = frozenset(_BODIES)
 """The types of all questions."""
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where an answer goes that is given later: what the question said of it."""
-
-    exchange: str
-    key: str
-    correlation_id: str | None
 
 
 class Questions:
@@ -85,7 +76,7 @@ class Questions:
             messages.RESERVATION_LIST: self._list,
         }
 
-    async def answer(self, kind: str | None, body: bytes, origin: Origin) -> Answered | None:
+    async def answer(self, kind: str | None, body: bytes, origin: Reply) -> Answered | None:
         """Return the answer; ``None`` if it is given later, by whoever serves the line.
 
         Args:
@@ -104,9 +95,9 @@ class Questions:
         question = decode(expected, body)
         if isinstance(question, CapacityWait):
             # One that is delivered again, as its responder died, is the same one.
-            named = f"{origin.exchange}/{origin.key}/{origin.correlation_id}"
+            named = f"{origin.exchange}/{origin.key}/{origin.correlation_id}/{body!r}"
             wait_id = question.wait_id or uuid5(_WAITS, named)
-            await self._waiting.join(wait_id, question, asdict(origin))
+            await self._waiting.join(wait_id, question, origin)
             return None
         return await self._answers[kind or ""](question)
 

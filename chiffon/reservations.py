@@ -6,6 +6,7 @@ AMQP.
 
 import asyncio
 import random
+import time
 from datetime import UTC
 from uuid import UUID
 
@@ -29,8 +30,8 @@ from chiffon.messages import (
 from chiffon.registry import Registry
 from chiffon.registry.ledger import Claim, Ledger, Refused
 
-TRIES = 30
-"""To take room that others are at: each of them holds a row for a commit, a few milliseconds."""
+CONTENDED_SECONDS = 2.0
+"""For taking room that others are at: each of them holds a row for a commit, a few milliseconds."""
 
 FIRST_PAUSE_SECONDS = 0.002
 LONGEST_PAUSE_SECONDS = 0.1
@@ -65,8 +66,9 @@ class ReservationService:
     async def claim(self, request: CapacityReserve) -> Claim:
         """Take room as ``reserve`` does, for who may have to give it back undelivered."""
         is_contended = False
+        deadline = time.monotonic() + CONTENDED_SECONDS
         for number, choice in enumerate(request.choices()):
-            made = await self._claim(choice, number, request)
+            made = await self._claim(choice, number, request, deadline)
             if isinstance(made, Refused):
                 is_contended = is_contended or made.is_contended
                 continue
@@ -87,16 +89,16 @@ class ReservationService:
         )
 
     async def _claim(
-        self, choice: CapacityReserve, number: int, request: CapacityReserve
+        self, choice: CapacityReserve, number: int, request: CapacityReserve, deadline: float
     ) -> Claim | Refused:
         pause = FIRST_PAUSE_SECONDS
-        for _ in range(TRIES):
+        while True:
             made = await self._ledger.claim(choice, alternative=number, asked_for=request)
-            if isinstance(made, Claim) or not made.is_contended:
+            is_final = isinstance(made, Claim) or not made.is_contended
+            if is_final or time.monotonic() > deadline:
                 return made
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 1.5, LONGEST_PAUSE_SECONDS)
-        return Refused(is_contended=True)
 
     async def _explain(self, request: CapacityReserve) -> Explanation:
         """Say why there is no room; all who ask for the same at once share one look at the fleet.

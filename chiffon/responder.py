@@ -34,8 +34,9 @@ from chiffon.link import Link
 from chiffon.messages import ERROR, ErrorReply
 from chiffon.metrics import SECONDS
 from chiffon.provisioning import bind, declare_queue
-from chiffon.questions import KINDS, Origin, Questions, refusal
+from chiffon.questions import KINDS, Questions, refusal
 from chiffon.registry.ledger import Claim
+from chiffon.registry.line import Reply
 from chiffon.reservations import ReservationService
 from chiffon.session import Channel, Session, translated
 from chiffon.topology import (
@@ -257,7 +258,7 @@ class Responder:
     async def _reply(self, message: DeliveredMessage, exchange: str, key: str) -> "_Answer | None":
         """Return the answer; ``None`` if whoever asked waits for it now."""
         properties = message.header.properties
-        origin = Origin(exchange, key, properties.correlation_id)
+        origin = Reply(exchange, key, properties.correlation_id)
         try:
             _refuse_late(message)
             answered = await self._questions.answer(properties.message_type, message.body, origin)

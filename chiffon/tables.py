@@ -176,13 +176,14 @@ class AgentRegistry(SQLModel, table=True):
     metrics_sound: bool | None = Field(
         default=None, sa_column=Column(Boolean, Computed(sound_sql(), persisted=True))
     )
-    held: dict[str, Any] | None = Field(default=None, sa_column=Column(JSONB))
+    held: dict[str, Any] | None = Field(default=None, sa_column=Column(JSONB(none_as_null=True)))
     room: list[float] | None = Field(
         default=None,
         sa_column=Column(
             ARRAY(Float),
             Computed(
-                "CASE WHEN held IS NOT NULL THEN chiffon_room_left(resource_metrics, held) END",
+                "CASE WHEN jsonb_typeof(held) = 'object'"
+                " THEN chiffon_room_left(resource_metrics, held) END",
                 persisted=True,
             ),
         ),
@@ -274,8 +275,8 @@ class Reservation(SQLModel, table=True):
 class CapacityWait(SQLModel, table=True):
     """Who waits for room, in the order of ``place``, and where the answer goes.
 
-    Whoever answers takes it for some seconds, until ``answering_until``: if nobody has removed the
-    row by then, another one answers.
+    Whoever answers takes it for some seconds, until ``answering_until``: if it is not done by then,
+    another one answers, some ``tries`` at most. Who was offered room keeps the place for a while.
     """
 
     __tablename__ = "capacity_wait"
@@ -286,3 +287,8 @@ class CapacityWait(SQLModel, table=True):
     deadline: datetime = Field(sa_column=_moment(nullable=False))
     reply: dict[str, Any] = Field(sa_column=Column(JSONB, nullable=False))
     answering_until: datetime | None = Field(default=None, sa_column=_moment())
+    tries: int = Field(
+        default=0, sa_column=Column(Integer, nullable=False, server_default=text("0"))
+    )
+    offered_at: datetime | None = Field(default=None, sa_column=_moment())
+    offered_agent_id: UUID | None = None

@@ -1,18 +1,17 @@
 """Answers those who wait for room, first come first served.
 
-Everybody who waits stands in one line, in the registry. Each pass looks at the whole line with one
-statement, however many wait: in the order in which they came, each gets the offers that nobody
-before it was given in that pass. So room for two is offered to the first two, and who comes third
-is asked again when they have had the time to take it. Who wants more than there is does not hold up
+Everybody who waits stands in one line, in the registry. Each pass looks at it with one statement,
+however many wait: in the order in which they came, each gets the offers of which nobody else was
+offered the best just now. So room for two is offered to the first two, and who comes third is
+offered it when they have had a second to take it. Who wants more than there is does not hold up
 those behind.
 """
 
 import asyncio
 import json
 import logging
-import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from itertools import islice
 from uuid import UUID
 
 from chiffon.bus import Properties, Publisher
@@ -28,12 +27,11 @@ from chiffon.errors import (
 from chiffon.messages import CAPACITY_OFFERS, MAX_OFFERS, CapacityOffers, CapacityQuery, Offer
 from chiffon.messages import CapacityWait as Question
 from chiffon.registry import Registry
-from chiffon.registry.line import Line, Waiting
+from chiffon.registry.line import MOST_OF_ONE, MOST_QUESTIONS, Line, Reply, Waiting
 
 log = logging.getLogger(__name__)
 
 PASS_SECONDS = 1.0
-"""Between two passes: how long who was offered room has to take it before others are."""
 
 SEND_SECONDS = 1.0
 
@@ -50,15 +48,15 @@ class WaitingRoom:
         self._line = Line(registry)
         self._capacity = OrchestratorService(registry)
         self._answers = answers
-        self._joined = asyncio.Event()
+        self._again = asyncio.Event()
 
-    async def join(self, wait_id: UUID, question: Question, reply: Mapping[str, Any]) -> None:
+    async def join(self, wait_id: UUID, question: Question, reply: Reply) -> None:
         """Let somebody wait; the answer is published by whoever makes the pass in which it fits.
 
         Args:
             wait_id: The same keeps its place.
             question: What is waited for, and how long.
-            reply: ``exchange``, ``key`` and ``correlation_id`` of the answer.
+            reply: Where the answer goes.
 
         Raises:
             CapacityRefused: ``unavailable``: too many wait.
@@ -66,7 +64,7 @@ class WaitingRoom:
         """
         if not await self._line.join(wait_id, question, reply):
             raise CapacityRefused("unavailable", "too many are waiting; try again")
-        self._joined.set()
+        self._again.set()
 
     async def run(self) -> None:
         """Make a pass every second, and when somebody joined here, until cancelled."""
@@ -74,10 +72,10 @@ class WaitingRoom:
         while True:
             try:
                 async with asyncio.timeout(PASS_SECONDS):
-                    await self._joined.wait()
+                    await self._again.wait()
             except TimeoutError:
                 pass
-            self._joined.clear()
+            self._again.clear()
             try:
                 await self.serve()
                 trouble = None
@@ -85,6 +83,9 @@ class WaitingRoom:
                 if trouble != str(error):
                     trouble = str(error)
                     log.warning("those who wait are not answered: %s", trouble)
+            except Exception:
+                # Whatever somebody wrote into a row must not end the process, again and again.
+                log.exception("answering those who wait failed in an unforeseen way")
 
     async def serve(self) -> int:
         """Make one pass.
@@ -97,68 +98,86 @@ class WaitingRoom:
         """
         line = await self._line.waiting()
         if not line:
+            await self._line.leave([])
             return 0
         offers = await self._offers(line)
-        ready = [one for one in line if offers[one.wait_id] or one.is_over]
+        ready = [one for one in line if offers.get(one.wait_id) or one.is_over]
         ours = await self._line.take([one.wait_id for one in ready])
-        answered = [self._answer(one, offers[one.wait_id]) for one in ready if one.wait_id in ours]
-        done = [wait_id for wait_id in await asyncio.gather(*answered) if wait_id is not None]
-        if done:
-            await self._line.leave(done)
-        return len(done)
+        taken = [one for one in ready if one.wait_id in ours]
+        outcomes = await asyncio.gather(
+            *(self._answer(one, offers.get(one.wait_id, [])) for one in taken)
+        )
+        offered, done = {}, []
+        for one, is_sent in zip(taken, outcomes, strict=True):
+            theirs = offers.get(one.wait_id, [])
+            if is_sent and theirs:
+                offered[one.wait_id] = theirs[0].agent_id
+            elif is_sent is not None or one.is_over or ours[one.wait_id]:
+                done.append(one.wait_id)
+        await self._line.offered(offered)
+        await self._line.leave(done)
+        if False in outcomes:
+            self._again.set()  # what was meant for them is for those behind them
+        return sum(is_sent is True for is_sent in outcomes)
 
     async def _offers(self, line: Sequence[Waiting]) -> dict[UUID, list[Offer]]:
-        """Return what each is offered: nobody what somebody earlier would take first."""
+        """Return what each is offered: nobody what somebody else would take first."""
+        spoken_for = await self._line.spoken_for()
         questions: dict[str, CapacityQuery] = {}
         for one in line:
-            questions.setdefault(_needs(one.question), one.question)
+            needs = _needs(one.question)
+            if needs in questions or len(questions) < MOST_QUESTIONS:
+                questions.setdefault(needs, one.question)
         numbers = {needs: number for number, needs in enumerate(questions)}
-        # As many more as may be spoken for by those who come first.
-        most = min(max(one.question.limit for one in line) + len(line), MAX_OFFERS)
+        # Some more than are asked for, as others may be offered them first.
+        most = min(max(one.question.limit for one in line) + MOST_OF_ONE, MAX_OFFERS)
         found = await self._line.find_each(list(questions.values()), most)
-        spoken_for: set[UUID] = set()
         offers: dict[UUID, list[Offer]] = {}
         for one in line:
-            rows = found[numbers[_needs(one.question)]]
-            left = (row for row in rows if row["agent_id"] not in spoken_for)
-            fitting = [offer for row in left if (offer := offer_of(row, one.question)) is not None]
-            offers[one.wait_id] = fitting[: one.question.limit]
-            if fitting:
-                spoken_for.add(fitting[0].agent_id)
+            number = numbers.get(_needs(one.question))
+            if number is None:
+                continue
+            left = (row for row in found[number] if row["agent_id"] not in spoken_for)
+            fitting = (offer for row in left if (offer := offer_of(row, one.question)) is not None)
+            offers[one.wait_id] = list(islice(fitting, one.question.limit))
+            if offers[one.wait_id]:
+                spoken_for.add(offers[one.wait_id][0].agent_id)
         return offers
 
-    async def _answer(self, one: Waiting, offers: list[Offer]) -> UUID | None:
-        """Send one answer; returns who has it or cannot be reached, ``None`` to try again."""
-        began = time.monotonic()
+    async def _answer(self, one: Waiting, offers: list[Offer]) -> bool | None:
+        """Send one answer; returns whether anybody took it, ``None`` if that is not known."""
         question = one.question
-        found = await self._capacity.find(question.model_copy(update={"limit": 1}))
-        answer = CapacityOffers(
-            as_of=found.as_of,
-            degraded=found.degraded,
-            total_matches=len(offers),
-            total_relation="gte" if len(offers) == question.limit else "eq",
-            agents=offers,
-            explanation=found.explanation,
-        )
         try:
+            found = await self._capacity.find(question.model_copy(update={"limit": 1}))
+            answer = CapacityOffers(
+                as_of=found.as_of,
+                degraded=found.degraded,
+                total_matches=len(offers),
+                total_relation="gte" if len(offers) == question.limit else "eq",
+                agents=offers,
+                explanation=found.explanation,
+            )
             await self._answers.publish(
                 encode(answer),
-                exchange=one.reply["exchange"],
-                routing_key=one.reply["key"],
+                exchange=one.reply.exchange,
+                routing_key=one.reply.key,
                 properties=Properties(
                     message_type=CAPACITY_OFFERS,
                     content_type="application/json",
-                    correlation_id=one.reply["correlation_id"],
+                    correlation_id=one.reply.correlation_id,
                 ),
                 timeout=SEND_SECONDS,
             )
         except (Unroutable, NotTaken):
             log.info("%s waited and is gone", one.wait_id)
-        except BusUnavailable as error:
+            return False
+        except (BusUnavailable, RegistryUnavailable) as error:
             log.warning("not answered who waited, trying again: %s", error)
             return None
-        log.debug("answered %s in %.3f s", one.wait_id, time.monotonic() - began)
-        return one.wait_id
+        except Exception:
+            log.exception("answering %s failed in an unforeseen way", one.wait_id)
+            return None
+        return True
 
 
 def _needs(question: Question) -> str:

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from chiffon.messages.capacity import MAX_OFFERS, CapacityQuery, Needs
 from chiffon.messages.fields import (
+    MAX_GB,
     AgentType,
     Capabilities,
     Count,
@@ -27,23 +28,26 @@ _Gpus = Annotated[int, Field(ge=1, le=64)]
 
 
 class Alternative(Message):
-    """What to take instead if the room before it is not there: the fields that are different."""
+    """What to take instead if the room before it is not there.
 
-    min_gpu_vram_gb: Gigabytes = 0.0
-    min_single_gpu_vram_gb: Gigabytes = 0.0
-    min_cpu_cores: Count = 1
-    min_memory_gb: Gigabytes = 0.0
+    A field that is ``null`` or left out is as in the request.
+    """
+
+    min_gpu_vram_gb: Gigabytes | None = None
+    min_single_gpu_vram_gb: Gigabytes | None = None
+    min_cpu_cores: Count | None = None
+    min_memory_gb: Gigabytes | None = None
     agent_type: AgentType | None = None
     pool_name: Word | None = None
     gpu_type: Vendor | None = None
-    capabilities: Capabilities = Field(default_factory=list)
+    capabilities: Capabilities | None = None
     agent_id: Uuid | None = None
-    gpu_vram_gb: Gigabytes = 0.0
-    cpu_cores: Count = 0
-    memory_gb: Gigabytes = 0.0
-    gpus: _Gpus = 1
-    count: _Agents = 1
-    distinct_hosts: bool = False
+    gpu_vram_gb: Gigabytes | None = None
+    cpu_cores: Count | None = None
+    memory_gb: Gigabytes | None = None
+    gpus: _Gpus | None = None
+    count: _Agents | None = None
+    distinct_hosts: bool | None = None
 
 
 class CapacityReserve(Needs):
@@ -74,6 +78,8 @@ class CapacityReserve(Needs):
         for one in self.choices():
             if not (one.gpu_vram_gb or one.cpu_cores or one.memory_gb):
                 raise ValueError("gpu_vram_gb, cpu_cores and memory_gb are all 0: nothing to take")
+            if one.gpus * one.gpu_vram_gb > MAX_GB:
+                raise ValueError("gpus: so many with so much VRAM are more than can be asked for")
             if one.agent_id is not None and one.count > 1:
                 raise ValueError("count: only 1 where agent_id names the agent")
         return self
@@ -98,7 +104,7 @@ class CapacityReserve(Needs):
         return [
             first,
             *(
-                first.model_copy(update=one.model_dump(exclude_unset=True))
+                first.model_copy(update=one.model_dump(exclude_none=True))
                 for one in self.alternatives
             ),
         ]

@@ -2,7 +2,7 @@
 
 A tie is a file in the state folder, named by the reservation, with one process a line: its number
 and when it started, since numbers are used again. Whoever starts a job writes it, by
-``chiffon agent tie`` say. What such a process starts belongs to it.
+``chiffon agent tie`` say. What such a process starts belongs to it, as long as it runs.
 
 Source: proc_pid_stat(5) and proc_pid_statm(5), by way of psutil. Memory is that which is not
 shared, so that what several processes map is not taken for theirs alone.
@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from uuid import UUID
 
@@ -41,18 +42,35 @@ def tie(folder: Path, reservation_id: UUID, pids: Iterable[int]) -> None:
     Raises:
         BadConfiguration: There is no such process, or the folder cannot be written.
     """
+    lines = []
+    for pid in pids:
+        started = _started(pid)
+        if started is None:
+            raise BadConfiguration(f"there is no process {pid}")
+        lines.append(f"{pid} {started}")
+    path = folder / FOLDER / str(reservation_id)
     try:
-        lines = [f"{pid} {psutil.Process(pid).create_time():.2f}\n" for pid in pids]
-    except psutil.NoSuchProcess as error:
-        raise BadConfiguration(f"there is no process {error.pid}") from None
-    except (ValueError, OverflowError) as error:
-        raise BadConfiguration(f"no process has such a number: {error}") from None
-    try:
-        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-        with (folder / FOLDER / str(reservation_id)).open("a") as file:
-            file.writelines(lines)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known = path.read_text().splitlines() if path.exists() else []
+        # At once, as the agent may look at any moment and removes a tie without processes.
+        unfinished = path.with_suffix(".new")
+        unfinished.write_text("".join(f"{line}\n" for line in dict.fromkeys([*known, *lines])))
+        unfinished.replace(path)
     except OSError as error:
         raise BadConfiguration(f"cannot write {folder / FOLDER}: {error.strerror}") from None
+
+
+def _started(pid: int) -> int | None:
+    """Return when a process started, in the kernel's ticks since it booted; ``None`` if it is gone.
+
+    Not as a time of day, which changes for a process that runs when the clock is set.
+    """
+    try:
+        # The name before the last parenthesis may hold anything; this is the 20th field behind it.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[19])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 class Jobs:
@@ -122,8 +140,9 @@ class Jobs:
             if processes:
                 yield reservation_id, processes
             else:
-                log.info("no process of reservation %s is left", reservation_id)
-                path.unlink(missing_ok=True)
+                log.debug("no process of reservation %s is left", reservation_id)
+                with suppress(OSError):  # it may be another user's
+                    path.unlink()
 
 
 def _running(lines: Iterable[str]) -> list[psutil.Process]:
@@ -132,10 +151,10 @@ def _running(lines: Iterable[str]) -> list[psutil.Process]:
     for line in lines:
         number, _, started = line.partition(" ")
         try:
-            process = psutil.Process(int(number))
-            # A number that is used again is another process; clocks differ by a tick.
-            if abs(process.create_time() - float(started)) > 0.05:
+            # A number that is used again is another process.
+            if not number.isdecimal() or str(_started(int(number))) != started:
                 continue
+            process = psutil.Process(int(number))
             for one in (process, *process.children(recursive=True)):
                 found[one.pid] = one
         except (psutil.Error, ValueError, OverflowError):

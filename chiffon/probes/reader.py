@@ -1,19 +1,22 @@
 """All probes together, as the ``resources`` of one heartbeat."""
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from chiffon.messages import ResourceMetrics
+from chiffon.messages import Observed, ResourceMetrics
 from chiffon.probes import amd, intel, memory
 from chiffon.probes.cpu import CpuProbe
-from chiffon.probes.gpus import combine
+from chiffon.probes.gpus import GpuReadings, combine
 from chiffon.probes.jobs import Jobs
 from chiffon.probes.nvidia import NvidiaProbe
 from chiffon.probes.operator import NOTHING_SAID, OperatorWord
 from chiffon.probes.sample import Reading
 from chiffon.probes.sampler import GpuSource, Sampler
+
+log = logging.getLogger(__name__)
 
 FIRST_CPU_SAMPLE_SECONDS = 0.25
 FIRST_GPU_SAMPLE_SECONDS = 2.0
@@ -110,8 +113,16 @@ class Reader:
             gpu_sample_age_seconds=gpus.sample_age_seconds,
             overridden=[one.name for one in self.readings if one.is_overridden],
             kept=self._word.kept,
-            observed=self._jobs.observe(gpus.gpus, gpus.used),
+            observed=self._observed(gpus),
         )
+
+    def _observed(self, gpus: GpuReadings) -> list[Observed]:
+        try:
+            return self._jobs.observe(gpus.gpus, gpus.used)
+        except Exception:
+            # Whose processes they are is not worth the other readings.
+            log.exception("what tied processes use cannot be read")
+            return []
 
     def close(self) -> None:
         """Stop asking; a GPU source that hangs does not keep the process alive."""

@@ -419,7 +419,8 @@ def _agent(row: asyncpg.Record) -> AgentRow:
         [word for word in words if isinstance(word, str)] if isinstance(words, list) else []
     )
     fields["resource_metrics"] = document(fields["resource_metrics"])
-    fields["held"] = document(fields["held"] or "{}")
+    held = document(fields["held"] or "{}")
+    fields["held"] = held if isinstance(held, dict) else {}
     if fields["age_seconds"] is not None:
         fields["age_seconds"] = max(fields["age_seconds"], 0.0)
     return AgentRow(**fields)

@@ -40,7 +40,8 @@ WITH known AS (
   SELECT nextval('reservation_fence') AS fence WHERE (SELECT count(*) FROM picked) = $8::int
 ), claimed AS (
   UPDATE agent_registry r
-     SET held = coalesce(r.held, '{{}}') || jsonb_build_object(
+     SET held = CASE jsonb_typeof(r.held) WHEN 'object' THEN r.held ELSE '{{}}' END
+         || jsonb_build_object(
            $15::uuid::text, {TAKE} || jsonb_build_object('fence', ticket.fence))
     FROM picked, ticket WHERE r.agent_id = picked.agent_id AND {_FITS}
   RETURNING r.agent_id, ticket.fence, jsonb_build_object(
@@ -84,7 +85,8 @@ CLAIM_ON_DISTINCT_HOSTS = _claim(
 )
 
 ASK_AGAIN = f"""
-UPDATE reservation SET asked = asked + 1 WHERE holder = $1 AND idempotency_key = $2
+UPDATE reservation SET asked = asked + (request_hash = $3)::int
+ WHERE holder = $1 AND idempotency_key = $2
 RETURNING {RESERVATION}
 """  # noqa: S608
 
@@ -129,6 +131,12 @@ SELECT * FROM ended
 """  # noqa: S608
 
 
+# The ids of what is held on an agent ``r``, whatever else somebody wrote there.
+_KEYS = """
+  SELECT key FROM jsonb_object_keys(
+    CASE jsonb_typeof(r.held) WHEN 'object' THEN r.held ELSE '{}' END) key
+   WHERE key ~ '^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$'"""
+
 # Each looks at the row as it is once it is locked: who renewed meanwhile is not ended.
 RELEASE = _end("""
   SELECT reservation_id, 'released' AS became, 'released' AS because FROM reservation
@@ -136,7 +144,9 @@ RELEASE = _end("""
    FOR UPDATE""")
 RELEASE_UNDELIVERED = _end("""
   SELECT reservation_id, 'released' AS became, 'undelivered' AS because FROM reservation
-   WHERE reservation_id = $1 AND state = 'held' AND asked = $2::int
+   WHERE reservation_id = $1 AND state = 'held' AND asked = 1
+     -- Who has renewed it has it.
+     AND expires_at = created_at + lease_seconds * interval '1 second'
    FOR UPDATE""")
 # After an absence of the path, in which nobody could renew, everybody has time to do so.
 EXPIRE = _end("""
@@ -148,26 +158,30 @@ EXPIRE = _end("""
           AND p.fresh_since + least(lease_seconds, 10) * interval '1 second'
               <= statement_timestamp())
    ORDER BY expires_at LIMIT 500 FOR UPDATE SKIP LOCKED""")
-REVOKE = _end("""
+# An agent that was offline when the path broke has had no time to come back either.
+REVOKE = _end(f"""
   SELECT v.reservation_id, 'revoked' AS became, ill.because
     FROM (
       SELECT DISTINCT ON (id) key::uuid AS id,
              CASE WHEN r.drained AND r.drain_deadline <= statement_timestamp()
                   THEN 'agent drained' ELSE 'agent offline' END AS because
-        FROM agent_registry r CROSS JOIN LATERAL jsonb_object_keys(r.held) key
+        FROM agent_registry r CROSS JOIN LATERAL ({_KEYS}) k (key)
+        LEFT JOIN ingest_path p ON p.fresh_at > statement_timestamp() - interval '5 seconds'
        WHERE r.held IS NOT NULL
          AND (r.drained AND r.drain_deadline <= statement_timestamp()
               OR r.status = 'offline'
-                 AND r.status_changed_at <= statement_timestamp() - $1 * interval '1 second')
+                 AND greatest(r.status_changed_at, p.fresh_since)
+                     <= statement_timestamp() - $1 * interval '1 second'
+                 AND p.fresh_since IS NOT NULL)
        ORDER BY id
     ) ill JOIN reservation v ON v.reservation_id = ill.id
-   WHERE v.state = 'held' ORDER BY v.reservation_id LIMIT 500 FOR UPDATE OF v SKIP LOCKED""")
-REVOKE_ON = _end("""
+   WHERE v.state = 'held' ORDER BY v.reservation_id LIMIT 500 FOR UPDATE OF v SKIP LOCKED""")  # noqa: S608
+REVOKE_ON = _end(f"""
   SELECT reservation_id, 'revoked' AS became, 'agent forgotten' AS because FROM reservation
    WHERE state = 'held' AND reservation_id IN (
-     SELECT key::uuid FROM agent_registry r CROSS JOIN LATERAL jsonb_object_keys(r.held) key
+     SELECT key::uuid FROM agent_registry r CROSS JOIN LATERAL ({_KEYS}) k (key)
       WHERE r.agent_id = ANY($1::uuid[]))
-   ORDER BY reservation_id FOR UPDATE""")
+   ORDER BY reservation_id FOR UPDATE""")  # noqa: S608
 
 SHOW = f"SELECT {RESERVATION} FROM reservation WHERE reservation_id = $1"  # noqa: S608
 LIST = f"""
@@ -181,5 +195,6 @@ PURGE = """
 DELETE FROM reservation WHERE reservation_id IN (
   SELECT reservation_id FROM reservation
    WHERE state <> 'held' AND ended_at < statement_timestamp() - $1 * interval '1 second'
-   LIMIT 10000 FOR UPDATE SKIP LOCKED)
+   LIMIT 1000 FOR UPDATE SKIP LOCKED)
+RETURNING reservation_id
 """

@@ -88,13 +88,17 @@ class Ledger:
                 request.lease_seconds,
                 alternative,
             )
-        except RowRefused:
+        except RowRefused as error:
             # Another one made the reservation of this key at this moment, or a gang fell apart.
+            if "reservation_key" not in str(error) and '"fence"' not in str(error):
+                raise
             row = None
         if row is not None and row["reservation_id"] is not None:
             return Claim(_reservation(row), row["asked"])
         if row is None or row["is_known"]:
-            known = await self._registry.fetch(ASK_AGAIN, request.holder, request.idempotency_key)
+            known = await self._registry.fetch(
+                ASK_AGAIN, request.holder, request.idempotency_key, digest
+            )
             if not known:
                 return Refused(is_contended=True)
             is_same = known[0]["request_hash"] == digest
@@ -114,16 +118,17 @@ class Ledger:
         return _reservation(rows[0]) if rows else None
 
     async def release_undelivered(self, claim: Claim) -> bool:
-        """End one whose answer nobody took, unless it was asked for again since.
+        """End one whose answer nobody took, if this claim made it and it is as it was made.
 
-        Its key is free again: who asks once more gets a new one.
+        A second answer that finds nobody tells nothing: the first may have arrived. The key is
+        free again: who asks once more gets a new one.
 
         Returns:
             Whether it was ended.
         """
-        rows = await self._registry.fetch(
-            RELEASE_UNDELIVERED, claim.reservation.reservation_id, claim.asked
-        )
+        if claim.asked > 1:
+            return False
+        rows = await self._registry.fetch(RELEASE_UNDELIVERED, claim.reservation.reservation_id)
         return bool(rows)
 
     async def show(self, reservation_id: UUID) -> Reservation | None:
@@ -156,7 +161,8 @@ class Ledger:
 
     async def purge(self, kept_seconds: float = KEPT_SECONDS) -> None:
         """Forget those that ended longer ago than that."""
-        await self._registry.fetch(PURGE, kept_seconds)
+        while await self._registry.fetch(PURGE, kept_seconds):
+            pass
 
 
 def _digest(request: CapacityReserve) -> bytes:

@@ -5,9 +5,9 @@ another one goes on, and nobody loses the place in the line.
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
 from uuid import UUID
 
 import asyncpg
@@ -16,11 +16,25 @@ from chiffon.messages import CapacityQuery, CapacityWait
 from chiffon.registry import Registry, asked
 from chiffon.registry.offers import ASKED, BEST_FIRST, OFFER, offered
 
+log = logging.getLogger(__name__)
+
 ANSWERING_SECONDS = 5.0
 """For who answers to do so; then another one may."""
 
-MOST_LOOKED_AT = 1_000
-"""Waiting questions, from the head of the line, that one pass looks at."""
+MOST_QUESTIONS = 100
+"""Different questions that one pass looks at, of those who came first."""
+
+MOST_OF_ONE = 20
+"""Who ask the same that one pass looks at: those behind them would get nothing anyway."""
+
+MOST_TRIES = 5
+"""To send somebody the answer."""
+
+OFFERED_SECONDS = 1.0
+"""For who was offered room to take it, before others are offered it."""
+
+KEPT_SECONDS = 5.0
+"""For how long who was offered room may come back to the same place, if another was faster."""
 
 MOST_WAITING = 10_000
 """In the line; nobody else may join."""
@@ -29,27 +43,58 @@ _JOIN = f"""
 INSERT INTO capacity_wait AS w (wait_id, question, deadline, reply)
 SELECT $1, $2::jsonb, statement_timestamp() + $3::float8 * interval '1 second', $4::jsonb
  WHERE (SELECT count(*) FROM capacity_wait) < {MOST_WAITING}
+    OR EXISTS (SELECT FROM capacity_wait WHERE wait_id = $1)
 ON CONFLICT (wait_id) DO UPDATE SET
-  reply = excluded.reply, deadline = excluded.deadline, answering_until = NULL
+  reply = excluded.reply, question = excluded.question, deadline = excluded.deadline,
+  answering_until = NULL, tries = 0, offered_at = NULL, offered_agent_id = NULL
 RETURNING wait_id
 """  # noqa: S608
 
+# Those whose time is up, and those who came first of the questions that came first.
 _WAITING = f"""
-SELECT wait_id, question, reply, deadline <= statement_timestamp() AS is_over
-  FROM capacity_wait ORDER BY place LIMIT {MOST_LOOKED_AT}
+WITH waiting AS (
+  SELECT wait_id, question, reply, place, deadline <= statement_timestamp() AS is_over,
+         question - ARRAY['timeout_seconds', 'wait_id', 'limit'] AS needs
+    FROM capacity_wait WHERE offered_at IS NULL
+), ranked AS (
+  SELECT *, row_number() OVER (PARTITION BY needs ORDER BY place) AS among_its_kind,
+         min(place) OVER (PARTITION BY needs) AS first_of_its_kind
+    FROM waiting
+), numbered AS (
+  SELECT *, dense_rank() OVER (ORDER BY first_of_its_kind) AS kind FROM ranked
+)
+SELECT wait_id, question, reply, is_over FROM numbered
+ WHERE is_over OR kind <= {MOST_QUESTIONS} AND among_its_kind <= {MOST_OF_ONE}
+ ORDER BY place
 """  # noqa: S608
 
-_TAKE = """
-UPDATE capacity_wait SET answering_until = statement_timestamp() + $2 * interval '1 second'
- WHERE wait_id IN (
-   SELECT wait_id FROM capacity_wait
-    WHERE wait_id = ANY($1::uuid[])
-      AND coalesce(answering_until, '-infinity') <= statement_timestamp()
-    ORDER BY place FOR UPDATE SKIP LOCKED)
-RETURNING wait_id
+_SPOKEN_FOR = """
+SELECT DISTINCT offered_agent_id FROM capacity_wait
+ WHERE offered_at > statement_timestamp() - $1 * interval '1 second'
+   AND offered_agent_id IS NOT NULL
 """
 
-_LEAVE = "DELETE FROM capacity_wait WHERE wait_id = ANY($1::uuid[])"
+_TAKE = """
+UPDATE capacity_wait SET tries = tries + 1,
+       answering_until = statement_timestamp() + $2 * interval '1 second'
+ WHERE wait_id IN (
+   SELECT wait_id FROM capacity_wait
+    WHERE wait_id = ANY($1::uuid[]) AND offered_at IS NULL
+      AND coalesce(answering_until, '-infinity') <= statement_timestamp()
+    ORDER BY place FOR UPDATE SKIP LOCKED)
+RETURNING wait_id, tries
+"""
+
+_OFFERED = """
+UPDATE capacity_wait w SET offered_at = statement_timestamp(), offered_agent_id = o.agent_id
+  FROM unnest($1::uuid[], $2::uuid[]) AS o (wait_id, agent_id) WHERE w.wait_id = o.wait_id
+"""
+
+_LEAVE = """
+DELETE FROM capacity_wait
+ WHERE wait_id = ANY($1::uuid[])
+    OR offered_at < statement_timestamp() - $2 * interval '1 second'
+"""
 
 # The same rules as those of FIND, of many questions at once.
 _COLUMNS = {
@@ -78,12 +123,25 @@ SELECT q.number, o.*, statement_timestamp() AS as_of,
 
 
 @dataclass(frozen=True, slots=True)
+class Reply:
+    """Where an answer goes, and which question it belongs to."""
+
+    exchange: str
+    key: str
+    correlation_id: str | None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.exchange, str) or not isinstance(self.key, str):
+            raise TypeError("an exchange and a key are texts")
+
+
+@dataclass(frozen=True, slots=True)
 class Waiting:
-    """One who waits; ``reply`` is where the answer goes, in the words of who took the question."""
+    """One who waits; ``is_over``: the time is up."""
 
     wait_id: UUID
     question: CapacityWait
-    reply: Mapping[str, Any]
+    reply: Reply
     is_over: bool
 
 
@@ -96,28 +154,44 @@ class Line:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
 
-    async def join(self, wait_id: UUID, question: CapacityWait, reply: Mapping[str, Any]) -> bool:
+    async def join(self, wait_id: UUID, question: CapacityWait, reply: Reply) -> bool:
         """Go to the end of the line; who is in it keeps the place and gets the answer elsewhere.
 
         Returns:
             Whether there was room: ``MOST_WAITING`` may wait.
         """
         rows = await self._registry.fetch(
-            _JOIN, wait_id, question.model_dump_json(), question.timeout_seconds, json.dumps(reply)
+            _JOIN,
+            wait_id,
+            question.model_dump_json(),
+            question.timeout_seconds,
+            json.dumps(asdict(reply)),
         )
         return bool(rows)
 
     async def waiting(self) -> list[Waiting]:
-        """Return who waits, in the order in which they came, at most ``MOST_LOOKED_AT``."""
-        return [
-            Waiting(
-                row["wait_id"],
-                CapacityWait.model_validate_json(row["question"]),
-                json.loads(row["reply"]),
-                row["is_over"],
-            )
-            for row in await self._registry.fetch(_WAITING)
-        ]
+        """Return who is to be looked at, in the order in which they came.
+
+        What nobody can read, as others wrote it, is removed.
+        """
+        found, unreadable = [], []
+        for row in await self._registry.fetch(_WAITING):
+            try:
+                question = CapacityWait.model_validate_json(row["question"])
+                reply = Reply(**json.loads(row["reply"]))
+            except (ValueError, TypeError):
+                unreadable.append(row["wait_id"])
+                continue
+            found.append(Waiting(row["wait_id"], question, reply, row["is_over"]))
+        if unreadable:
+            log.warning("removed %d from the line whose questions nobody can read", len(unreadable))
+            await self.leave(unreadable)
+        return found
+
+    async def spoken_for(self) -> set[UUID]:
+        """Return the agents that somebody was offered just now."""
+        rows = await self._registry.fetch(_SPOKEN_FOR, OFFERED_SECONDS)
+        return {row["offered_agent_id"] for row in rows}
 
     async def find_each(
         self, questions: Sequence[CapacityQuery], most: int
@@ -132,11 +206,15 @@ class Line:
             found[row["number"]].append(row)
         return found
 
-    async def take(self, wait_ids: Sequence[UUID]) -> set[UUID]:
-        """Return those of them that are ours to answer now, within ``ANSWERING_SECONDS``."""
+    async def take(self, wait_ids: Sequence[UUID]) -> dict[UUID, bool]:
+        """Return those that are ours to answer now, and whether that is the last try."""
         rows = await self._registry.fetch(_TAKE, wait_ids, ANSWERING_SECONDS)
-        return {row["wait_id"] for row in rows}
+        return {row["wait_id"]: row["tries"] >= MOST_TRIES for row in rows}
+
+    async def offered(self, agents: Mapping[UUID, UUID]) -> None:
+        """Note who was offered which agent first: they may come back to their places."""
+        await self._registry.fetch(_OFFERED, list(agents), list(agents.values()))
 
     async def leave(self, wait_ids: Sequence[UUID]) -> None:
-        """Remove those that have their answer, or whom none can reach."""
-        await self._registry.fetch(_LEAVE, wait_ids)
+        """Remove these, and who was offered something a while ago."""
+        await self._registry.fetch(_LEAVE, wait_ids, KEPT_SECONDS)

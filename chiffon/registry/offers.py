@@ -141,7 +141,8 @@ _SHOWN = ", ".join(
 )
 _HAS = " ".join(f"WHEN '{name}' THEN {name}" for name in _FREE)
 _SHORTFALL = " + ".join(
-    f"CASE WHEN '{name}' = ANY(broken) THEN 1 - coalesce({name}, 0) / {ASKED[name]} ELSE 0 END"
+    f"CASE WHEN '{name}' = ANY(broken)"
+    f" THEN 1 - coalesce(coalesce({name}, 0) / nullif({ASKED[name]}, 0), 0) ELSE 0 END"
     for name in _FREE
 )
 

@@ -5,6 +5,7 @@ in one row: a claim is an update of that row on its condition, and whoever comes
 the first took. ``room`` is what is left for others, NULL where nothing is held.
 """
 
+import re
 from collections.abc import Sequence
 
 import sqlalchemy as sa
@@ -36,7 +37,8 @@ $$
 _GPU_KEY = """
 CREATE FUNCTION chiffon_gpu_key(gpu jsonb) RETURNS text
 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
-  SELECT coalesce(gpu ->> 'uuid', 'index ' || coalesce(gpu ->> 'index', '0'))
+  SELECT CASE jsonb_typeof(gpu -> 'uuid') WHEN 'string' THEN gpu ->> 'uuid'
+         ELSE 'index ' || coalesce(gpu ->> 'index', '0') END
 $$
 """
 
@@ -96,6 +98,7 @@ DECLARE
   seen jsonb[];
   gpu jsonb;
   gpu_key text;
+  part jsonb;
   gpus jsonb := '[]';
   vram numeric := 0;
   single numeric := 0;
@@ -109,7 +112,8 @@ DECLARE
 BEGIN
   SELECT coalesce(array_agg(h.key ORDER BY (h.value ->> 'fence')::bigint), '{}'),
          coalesce(array_agg(h.value ORDER BY (h.value ->> 'fence')::bigint), '{}')
-    INTO ids, holdings FROM jsonb_each(coalesce(held, '{}')) h;
+    INTO ids, holdings
+    FROM jsonb_each(CASE jsonb_typeof(held) WHEN 'object' THEN held ELSE '{}' END) h;
   FOR i IN 1 .. cardinality(ids) LOOP
     seen[i] := (SELECT o FROM chiffon_elements(metrics -> 'observed') o
                  WHERE o ->> 'reservation_id' = ids[i] LIMIT 1);
@@ -119,7 +123,8 @@ BEGIN
   FOR i IN 1 .. cardinality(ids) LOOP
     taken[i] := (holdings[i] #>> '{cores,0}')::numeric;
     free_before[i] := (holdings[i] #>> '{cores,1}')::numeric;
-    observed[i] := chiffon_number(seen[i] -> 'cpu_cores');
+    -- What is free is told in whole cores, so what is busy of one counts as one.
+    observed[i] := ceil(chiffon_number(seen[i] -> 'cpu_cores'));
   END LOOP;
   live := CASE WHEN jsonb_typeof(metrics) = 'object' AND NOT metrics ? 'cpu_cores_available'
           THEN 1 ELSE coalesce(chiffon_number(metrics -> 'cpu_cores_available'), 0) END;
@@ -150,15 +155,22 @@ BEGIN
     gpu_key := chiffon_gpu_key(gpu);
     taken := '{}'; free_before := '{}'; observed := '{}';
     FOR i IN 1 .. cardinality(ids) LOOP
-      CONTINUE WHEN NOT (holdings[i] -> 'gpus') ? gpu_key;
-      taken := taken || (holdings[i] #>> ARRAY['gpus', gpu_key, '0'])::numeric;
-      free_before := free_before || (holdings[i] #>> ARRAY['gpus', gpu_key, '1'])::numeric;
-      -- A GPU that is not listed is not used; one that is, without a number, by nobody knows what.
-      observed := observed || CASE WHEN seen[i] IS NOT NULL THEN (
-        SELECT CASE WHEN bool_and(chiffon_number(o -> 'vram_gb') IS NOT NULL) IS NOT FALSE
-               THEN coalesce(sum(chiffon_number(o -> 'vram_gb')), 0) END
-          FROM chiffon_elements(seen[i] -> 'gpus') o
-         WHERE jsonb_typeof(o) = 'object' AND chiffon_gpu_key(o) = gpu_key) END;
+      -- A driver may fail to tell a GPU's UUID for once: then its index is what it is known by.
+      FOR part IN
+        SELECT e.value FROM jsonb_each(holdings[i] -> 'gpus') e
+         WHERE e.key = gpu_key OR NOT listed
+            OR (jsonb_typeof(gpu -> 'uuid') IS DISTINCT FROM 'string' OR e.key LIKE 'index %')
+               AND e.value ->> 2 = gpu ->> 'index'
+      LOOP
+        taken := taken || (part ->> 0)::numeric;
+        free_before := free_before || (part ->> 1)::numeric;
+        -- A GPU that is not listed is not used; of one without a number nobody knows.
+        observed := observed || CASE WHEN seen[i] IS NOT NULL THEN (
+          SELECT CASE WHEN bool_and(chiffon_number(o -> 'vram_gb') IS NOT NULL) IS NOT FALSE
+                 THEN coalesce(sum(chiffon_number(o -> 'vram_gb')), 0) END
+            FROM chiffon_elements(seen[i] -> 'gpus') o
+           WHERE jsonb_typeof(o) = 'object' AND chiffon_gpu_key(o) = gpu_key) END;
+      END LOOP;
     END LOOP;
     left_here := chiffon_left(
       live, chiffon_number(gpu -> 'vram_total_gb') - kept_back, taken, free_before, observed);
@@ -169,7 +181,9 @@ BEGIN
     vram := vram + left_here;
     single := greatest(single, left_here);
     gpus := gpus || jsonb_build_object(
-      'key', gpu_key, 'uuid', gpu -> 'uuid', 'index', coalesce(gpu -> 'index', '0'),
+      'key', gpu_key,
+      'uuid', CASE jsonb_typeof(gpu -> 'uuid') WHEN 'string' THEN gpu -> 'uuid' END,
+      'index', greatest(floor(coalesce(chiffon_number(gpu -> 'index'), 0)), 0)::bigint,
       'is_unified', coalesce(gpu -> 'is_unified' = 'true', false),
       'left', left_here, 'idle', live + coalesce((SELECT sum(o) FROM unnest(observed) o), 0));
   END LOOP;
@@ -199,6 +213,9 @@ DECLARE
   room jsonb := chiffon_room(metrics, held);
   chosen jsonb := '[]';
 BEGIN
+  -- Every heartbeat looks at all of them.
+  IF jsonb_typeof(held) = 'object' AND (SELECT count(*) FROM jsonb_object_keys(held)) >= 128
+  THEN RETURN NULL; END IF;
   IF vram > 0 THEN
     chosen := coalesce((
       SELECT jsonb_agg(g) FROM (
@@ -212,7 +229,8 @@ BEGIN
   IF (room #>> '{cores,left}')::numeric < cores OR (room #>> '{memory,left}')::numeric < memory
   THEN RETURN NULL; END IF;
   RETURN jsonb_build_object(
-    'gpus', coalesce((SELECT jsonb_object_agg(g ->> 'key', jsonb_build_array(vram, g -> 'idle'))
+    'gpus', coalesce((SELECT jsonb_object_agg(
+                         g ->> 'key', jsonb_build_array(vram, g -> 'idle', g -> 'index'))
                         FROM chiffon_elements(chosen) g), '{}'),
     'cores', jsonb_build_array(cores, room #> '{cores,idle}'),
     'memory', jsonb_build_array(memory, room #> '{memory,idle}'),
@@ -236,11 +254,14 @@ _OFFERED = sa.text("status = 'online' AND metrics_sound")
 
 
 def upgrade() -> None:
+    # By their schema's name: a dump is restored without a search path, and computes the column.
+    schema = op.get_bind().execute(sa.text("SELECT quote_ident(current_schema())")).scalar_one()
     for statement in _FUNCTIONS.values():
-        op.execute(statement)
+        op.execute(re.sub(r"\bchiffon_(\w+)\(", rf"{schema}.chiffon_\1(", statement))
     op.add_column("agent_registry", sa.Column("held", JSONB()))
     room = sa.Computed(
-        "CASE WHEN held IS NOT NULL THEN chiffon_room_left(resource_metrics, held) END",
+        "CASE WHEN jsonb_typeof(held) = 'object'"
+        " THEN chiffon_room_left(resource_metrics, held) END",
         persisted=True,
     )
     op.add_column("agent_registry", sa.Column("room", ARRAY(sa.Float()), room))
@@ -315,6 +336,9 @@ def upgrade() -> None:
         sa.Column("deadline", sa.DateTime(timezone=True), nullable=False),
         sa.Column("reply", JSONB(), nullable=False),
         sa.Column("answering_until", sa.DateTime(timezone=True)),
+        sa.Column("tries", sa.Integer(), nullable=False, server_default="0"),
+        sa.Column("offered_at", sa.DateTime(timezone=True)),
+        sa.Column("offered_agent_id", sa.Uuid()),
     )
 
 

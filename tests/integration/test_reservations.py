@@ -398,6 +398,8 @@ async def test_what_is_held_on_an_agent_outlives_its_going_offline_for_a_while(
 ) -> None:
     agents = [rig(gpu(0, 70.0)), rig(gpu(0, 60.0))]
     await record(registry, *agents)
+    await prove_path(registry, database)
+    await database.execute("UPDATE ingest_path SET fresh_since = now() - interval '1 hour'")
     made = await service.reserve(request(gpu_vram_gb=20.0, count=2))
     gone = rig(gpu(0, 70.0), agent_id=agents[0].agent_id, sequence=2, status="offline")
     await record(registry, gone)
@@ -405,6 +407,9 @@ async def test_what_is_held_on_an_agent_outlives_its_going_offline_for_a_while(
     assert await ledger.revoke(300.0) == []
     await service.renew(renewal(made))
     await database.execute("UPDATE agent_registry SET status_changed_at = now() - interval '301 s'")
+    await database.execute("UPDATE ingest_path SET fresh_since = now() - interval '299 s'")
+    assert await ledger.revoke(300.0) == [], "after our own absence it has that long again"
+    await database.execute("UPDATE ingest_path SET fresh_since = now() - interval '1 hour'")
     [ended] = await ledger.revoke(300.0)
 
     assert (ended.reservation_id, ended.state) == (made.reservation_id, "revoked")

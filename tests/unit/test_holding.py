@@ -1,14 +1,13 @@
 """A holder's own view of its lease, without a broker."""
 
 import asyncio
-import time
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
 import pytest
 
 from chiffon.errors import BusUnavailable, StaleFence
-from chiffon.holding import Holding, usable_seconds
+from chiffon.holding import Holding, now, usable_seconds
 from chiffon.messages import Reservation
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -50,7 +49,7 @@ async def test_what_is_left_of_an_old_lease_counts_and_not_all_of_it() -> None:
     async def never(_: float) -> Reservation:
         raise AssertionError("nobody renews here")
 
-    holding = Holding(reservation(600.0, left_seconds=10.0), time.monotonic(), never)
+    holding = Holding(reservation(600.0, left_seconds=10.0), now(), never)
 
     assert 8.0 < holding.seconds_left <= 9.0
 
@@ -63,7 +62,7 @@ async def test_a_renewal_that_fails_is_tried_again_until_the_lease_is_over() -> 
         tries += 1
         raise BusUnavailable("the broker is away")
 
-    holding = Holding(reservation(1.2), time.monotonic(), fail)
+    holding = Holding(reservation(1.2), now(), fail)
     async with asyncio.timeout(20):
         await holding.keep()
 
@@ -76,7 +75,7 @@ async def test_a_reservation_that_is_over_is_lost_at_once() -> None:
     async def over(_: float) -> Reservation:
         raise StaleFence("stale_fence", "reservation x is over")
 
-    holding = Holding(reservation(1.0), time.monotonic(), over)
+    holding = Holding(reservation(1.0), now(), over)
     async with asyncio.timeout(20):
         await holding.keep()
 

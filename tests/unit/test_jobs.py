@@ -97,7 +97,7 @@ def test_without_a_folder_nothing_is_tied(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pid", [2**22 + 1, -1, 10**30])
 def test_a_process_that_is_not_there_cannot_be_tied(tmp_path: Path, pid: int) -> None:
-    with pytest.raises(BadConfiguration, match="no process"):
+    with pytest.raises(BadConfiguration, match="there is no process"):
         tie(tmp_path, uuid4(), [pid])
 
 
