@@ -54,7 +54,8 @@ RETURNING wait_id
 _WAITING = f"""
 WITH waiting AS (
   SELECT wait_id, question, reply, place, deadline <= statement_timestamp() AS is_over,
-         question - ARRAY['timeout_seconds', 'wait_id', 'limit'] AS needs
+         CASE jsonb_typeof(question) WHEN 'object'
+           THEN question - ARRAY['timeout_seconds', 'wait_id', 'limit'] END AS needs
     FROM capacity_wait WHERE offered_at IS NULL
 ), ranked AS (
   SELECT *, row_number() OVER (PARTITION BY needs ORDER BY place) AS among_its_kind,

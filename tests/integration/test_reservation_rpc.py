@@ -28,7 +28,7 @@ from chiffon.messages import (
 )
 from chiffon.planner import PlannerClient
 from chiffon.registry import Registry
-from chiffon.registry.line import Line
+from chiffon.registry.line import Line, Reply
 from chiffon.reservations import ReservationService
 from tests.fixtures import plain
 from tests.fixtures.caller import Caller
@@ -417,6 +417,84 @@ async def test_a_planner_may_wait_for_what_it_then_holds(
     await asyncio.gather(first, *others)
 
     assert order == ["first", "second", "third", "fourth"]
+
+
+async def test_an_alternative_is_as_the_request_where_it_says_nothing(
+    planner: PlannerClient, registry: Registry
+) -> None:
+    mine = rig(gpu(0, 45.0), pool_name="mine")
+    await record(registry, mine, rig(gpu(0, 70.0), pool_name="theirs"))
+
+    made = await planner.take(
+        request(
+            gpu_vram_gb=80.0,
+            cpu_cores=4,
+            pool_name="mine",
+            alternatives=[{"gpu_vram_gb": 40.0, "count": 2}, {"gpu_vram_gb": 40.0}],
+        )
+    )
+
+    assert (made.agent_id, made.cpu_cores, made.alternative) == (mine.agent_id, 4, 2)
+
+
+async def test_rows_that_nobody_can_read_hold_up_nobody(
+    planner: PlannerClient, registry: Registry, database: Connection
+) -> None:
+    await database.execute(
+        "INSERT INTO capacity_wait (wait_id, question, deadline, reply) VALUES"
+        " (gen_random_uuid(), '{\"limit\": \"many\"}', now() + interval '1 hour', '{}'),"
+        " (gen_random_uuid(), '5', now(), '{}'),"
+        " (gen_random_uuid(), '{}', now(), 'null'),"
+        " (gen_random_uuid(), '{}', now(), '{\"exchange\": 1, \"key\": 2}'),"
+        " (gen_random_uuid(), '{\"explain\": true}', now(),"
+        '  \'{"exchange": "", "key": "amq.gen-gone", "correlation_id": null}\')'
+    )
+    await record(registry, rig(gpu(0, 50.0), interval_seconds=60.0))
+
+    offers = await planner.wait(CapacityWait(min_gpu_vram_gb=40, timeout_seconds=60))
+
+    assert len(offers.agents) == 1
+
+    async def is_empty() -> bool:
+        left = "SELECT count(*) FROM capacity_wait WHERE offered_at IS NULL"
+        return not await database.fetchval(left)
+
+    await until(is_empty, "what nobody can read is removed")
+
+
+async def test_many_who_want_what_is_not_there_hold_up_nobody(
+    planner: PlannerClient, registry: Registry, database: Connection
+) -> None:
+    line = Line(registry)
+    greedy = CapacityWait(min_gpu_vram_gb=1_000, timeout_seconds=3_600)
+    nobody = Reply("", "amq.gen-gone", None)
+    for _ in range(300):
+        assert await line.join(uuid4(), greedy, nobody)
+    await record(registry, rig(gpu(0, 50.0), interval_seconds=60.0))
+
+    offers = await planner.wait(CapacityWait(min_gpu_vram_gb=40, timeout_seconds=60))
+    late = await planner.wait(CapacityWait(min_gpu_vram_gb=60, timeout_seconds=0.5))
+
+    assert (len(offers.agents), late.agents) == (1, [])
+
+
+async def test_who_was_offered_what_another_took_comes_back_to_the_same_place(
+    registry: Registry,
+) -> None:
+    line = Line(registry)
+    wanted = CapacityWait(min_gpu_vram_gb=40)
+    first, second = uuid4(), uuid4()
+    for wait_id in (first, second):
+        await line.join(wait_id, wanted, Reply("", "amq.gen-x", None))
+    agent_id = uuid4()
+
+    await line.offered({first: agent_id})
+    assert [one.wait_id for one in await line.waiting()] == [second]
+    assert await line.spoken_for() == {agent_id}
+    await line.join(first, wanted, Reply("", "amq.gen-x", None))
+
+    assert [one.wait_id for one in await line.waiting()] == [first, second]
+    assert await line.spoken_for() == set()
 
 
 async def test_too_many_who_wait_are_told_so(

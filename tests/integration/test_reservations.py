@@ -1,6 +1,7 @@
 """What a reservation is: taken once, renewed, given back, ended; and why there is none."""
 
 import asyncio
+import json
 import time
 from typing import Any, TypeAlias
 from uuid import UUID, uuid4
@@ -518,3 +519,132 @@ async def test_many_holders_on_one_agent_never_have_more_than_it_has(
 
     assert sum(granted) <= 48.0
     assert await broken(database) == []
+
+
+async def test_the_answer_to_a_second_copy_gives_nothing_back(
+    registry: Registry, service: ReservationService
+) -> None:
+    """The first answer was taken; whoever gets the question again finds nobody."""
+    await record(registry, rig(gpu(0, 70.0)))
+    wanted = request(gpu_vram_gb=20.0)
+    made = await service.reserve(wanted)
+
+    assert not await service.undelivered(await service.claim(wanted))
+
+    assert (await service.reservation(made.reservation_id)).state == "held"
+
+
+async def test_what_was_renewed_is_not_given_back(
+    registry: Registry, service: ReservationService
+) -> None:
+    await record(registry, rig(gpu(0, 70.0)))
+    claim = await service.claim(request(gpu_vram_gb=20.0))
+    await service.renew(renewal(claim.reservation))
+
+    assert not await service.undelivered(claim)
+
+
+async def test_a_gpu_whose_uuid_is_not_told_for_once_is_not_given_twice(
+    registry: Registry, service: ReservationService
+) -> None:
+    agent = rig(gpu(0, 80.0), gpu(1, 10.0))
+    await record(registry, agent)
+    await service.reserve(request(gpu_vram_gb=60.0))
+
+    for sequence, told in enumerate([[gpu(0, 80.0, uuid=None), gpu(1, 10.0)], []], start=2):
+        resources = {"gpu_vram_total_gb": 160.0, "gpu_vram_available_gb": 90.0}
+        said = rig(*told, agent_id=agent.agent_id, sequence=sequence, resources=resources)
+        await record(registry, said)
+        with pytest.raises(InsufficientCapacity):
+            await service.reserve(request(gpu_vram_gb=60.0))
+
+
+async def test_an_agent_holds_so_many_and_no_more(
+    registry: Registry, database: Connection, service: ReservationService
+) -> None:
+    await record(registry, rig(gpu(0, 70.0)))
+    for _ in range(16):
+        await asyncio.gather(*(service.reserve(request(gpu_vram_gb=0.01)) for _ in range(8)))
+
+    with pytest.raises(InsufficientCapacity):
+        await service.reserve(request(gpu_vram_gb=0.01))
+    assert await broken(database) == []
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"gpus": [{"uuid": 5, "index": "0", "vram_total_gb": 80, "vram_available_gb": 70}]},
+        {"gpus": [{"uuid": None, "index": None, "vram_total_gb": 80, "vram_available_gb": 70}]},
+        {"gpus": [{"index": -1, "vram_total_gb": 80, "vram_available_gb": 70}]},
+    ],
+)
+async def test_room_on_an_agent_that_others_wrote_can_be_taken_shown_and_ended(
+    registry: Registry,
+    database: Connection,
+    service: ReservationService,
+    ledger: Ledger,
+    written: dict[str, Any],
+) -> None:
+    agent = rig(gpu(0, 70.0))
+    await record(registry, agent)
+    await prove_path(registry, database)
+    await database.execute(
+        "UPDATE agent_registry SET resource_metrics = resource_metrics || $1::jsonb",
+        json.dumps(written),
+    )
+
+    made = await service.reserve(request(gpu_vram_gb=20.0))
+    shown = await OrchestratorService(registry).agent(agent.agent_id)
+    assert [one.reservation_id for one in shown.held] == [made.reservation_id]
+    await pass_time(database, 120)
+
+    assert len(await ledger.expire()) == 1
+
+
+@pytest.mark.parametrize("held", ["null", "[]", "7", '{"mine": 1}', '{"mine": {"fence": "x"}}'])
+async def test_what_others_write_where_reservations_are_held_harms_nobody(
+    registry: Registry, database: Connection, service: ReservationService, ledger: Ledger, held: str
+) -> None:
+    odd, good = rig(gpu(0, 80.0)), rig(gpu(0, 40.0), hostname="good")
+    await record(registry, odd, good)
+    await prove_path(registry, database)
+    try:
+        await database.execute(
+            "UPDATE agent_registry SET held = $1::jsonb, drained = true,"
+            " drain_deadline = now() - interval '1 second' WHERE agent_id = $2",
+            held,
+            odd.agent_id,
+        )
+    except asyncpg.DataError:
+        return  # refused as it was written
+
+    assert (await service.reserve(request(gpu_vram_gb=20.0))).hostname == "good"
+    assert len((await OrchestratorService(registry).agents()).agents) == 2
+    assert await ledger.revoke(300.0) == []
+
+
+async def test_amounts_below_zero_and_odd_words_of_others_do_not_break_refusals(
+    registry: Registry, database: Connection, service: ReservationService
+) -> None:
+    await record(registry, rig(gpu(0, 10.0)))
+    await database.execute(
+        "UPDATE agent_registry SET capabilities = '5',"
+        " resource_metrics = resource_metrics || '{\"memory_available_gb\": -1}'"
+    )
+
+    with pytest.raises(InsufficientCapacity, match="no room: 1 agent"):
+        await service.reserve(request(gpu_vram_gb=20.0, capabilities=["cuda12"]))
+
+
+async def test_a_dump_can_be_restored_while_room_is_held(
+    registry: Registry, database: Connection, service: ReservationService
+) -> None:
+    """It is restored without a search path, and computes the columns anew."""
+    await record(registry, rig(gpu(0, 70.0)))
+    await service.reserve(request(gpu_vram_gb=20.0))
+
+    await database.execute("SET search_path = ''")
+    await database.execute("UPDATE public.agent_registry SET resource_metrics = resource_metrics")
+
+    assert await database.fetchval("SELECT room[1] FROM public.agent_registry") == 50.0
