@@ -10,48 +10,31 @@ cut, open questions are asked again on the next connection, until their deadline
 """
 
 import asyncio
-import itertools
 import logging
-import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
-from aiormq.abc import DeliveredMessage
-from pydantic import BaseModel
-
-from chiffon.bus import Properties, publish
-from chiffon.encoding import MAX_REPLY_BYTES, decode, encode
+from chiffon.asking import Asker
 from chiffon.errors import (
     AgentNotFoundError,
-    BadMessage,
-    BusRefused,
     BusUnavailable,
     CapacityError,
     CapacityRefused,
     CapacityTimeout,
     InsufficientCapacity,
     NoResponders,
-    NotTaken,
     StaleFence,
-    Unroutable,
 )
 from chiffon.holding import Holding, now
-from chiffon.link import Link
 from chiffon.messages import (
-    CAPACITY_AGENT,
     CAPACITY_FIND,
-    CAPACITY_OFFERS,
     CAPACITY_RELEASE,
     CAPACITY_RENEW,
-    CAPACITY_RESERVATION,
-    CAPACITY_RESERVATIONS,
     CAPACITY_RESERVE,
     CAPACITY_SHOW,
     CAPACITY_WAIT,
-    ERROR,
     RESERVATION_LIST,
     RESERVATION_SHOW,
     AgentCapacity,
@@ -60,7 +43,6 @@ from chiffon.messages import (
     CapacityReserve,
     CapacityShow,
     CapacityWait,
-    ErrorReply,
     Reservation,
     ReservationList,
     ReservationRelease,
@@ -68,17 +50,9 @@ from chiffon.messages import (
     Reservations,
     ReservationShow,
 )
-from chiffon.provisioning import ANSWER_SECONDS, await_exchange
-from chiffon.session import Channel, Session, translated
-from chiffon.topology import CAPACITY_KEY, DEADLINE_HEADER, RPC
 from chiffon.watcher import Event, following
 
 log = logging.getLogger(__name__)
-
-REDIAL_CAP_SECONDS = 1.0
-
-ASK_AGAIN_SECONDS = 0.5
-"""After a queue did not take a question, and nobody has answered it from another queue."""
 
 ASK_TO_WAIT_AGAIN_SECONDS = 30.0
 WAIT_GRACE_SECONDS = 5.0
@@ -92,25 +66,13 @@ LONGEST_WAIT_SECONDS = 86_400.0
 
 _PASSING = ("unavailable", "expired")
 
-Answer = TypeVar("Answer", bound=BaseModel)
-
 
 class PlannerClient:
     """Capacity questions over AMQP. Made by ``open``."""
 
     def __init__(self, url: str, name: str) -> None:
         self._url, self._name = url, name
-        self._link = Link(
-            url,
-            name=name,
-            prepare=self._prepare,
-            redial_cap_seconds=REDIAL_CAP_SECONDS,
-            stop_if_refused=True,
-        )
-        self._channel: Channel
-        self._reply_queue = ""
-        self._waiting: dict[str, asyncio.Future[DeliveredMessage]] = {}
-        self._ids = (f"{os.getpid()}.{number}" for number in itertools.count(1))
+        self._asker = Asker(url, name)
 
     @classmethod
     @asynccontextmanager
@@ -125,7 +87,7 @@ class PlannerClient:
             BadConfiguration: Not an AMQP URL.
         """
         planner = cls(url, name)
-        async with planner._link:
+        async with planner._asker:
             yield planner
 
     async def find(
@@ -151,8 +113,7 @@ class PlannerClient:
             BusUnavailable: The broker could not be reached within ``timeout``.
         """
         question = query if query is not None else CapacityQuery()
-        reply = await self._ask(CAPACITY_FIND, question, timeout)
-        return _read(reply, CAPACITY_OFFERS, CapacityOffers)
+        return await self._asker.ask(CAPACITY_FIND, question, CapacityOffers, timeout)
 
     async def show(self, agent_id: UUID, *, timeout: float = 5.0) -> AgentCapacity:
         """Return what one agent last reported.
@@ -161,9 +122,9 @@ class PlannerClient:
             AgentNotFoundError: The responder knows no such agent.
             NoResponders, CapacityTimeout, CapacityRefused, BusUnavailable: As ``find``.
         """
-        reply = await self._ask(CAPACITY_SHOW, CapacityShow(agent_id=agent_id), timeout)
+        question = CapacityShow(agent_id=agent_id)
         try:
-            return _read(reply, CAPACITY_AGENT, AgentCapacity)
+            return await self._asker.ask(CAPACITY_SHOW, question, AgentCapacity, timeout)
         except CapacityRefused as error:
             if error.code == "agent_not_found":
                 raise AgentNotFoundError(agent_id) from None
@@ -216,8 +177,7 @@ class PlannerClient:
             IdempotencyMismatch: The key belongs to another request.
             NoResponders, CapacityTimeout, CapacityRefused, BusUnavailable: As ``find``.
         """
-        reply = await self._ask(CAPACITY_RESERVE, request, timeout)
-        return _read(reply, CAPACITY_RESERVATION, Reservation)
+        return await self._asker.ask(CAPACITY_RESERVE, request, Reservation, timeout)
 
     async def renew(self, request: ReservationRenew, *, timeout: float = 5.0) -> Reservation:
         """Let a lease begin anew.
@@ -227,27 +187,23 @@ class PlannerClient:
             StaleFence: It is over, or has another fence.
             NoResponders, CapacityTimeout, CapacityRefused, BusUnavailable: As ``find``.
         """
-        reply = await self._ask(CAPACITY_RENEW, request, timeout)
-        return _read(reply, CAPACITY_RESERVATION, Reservation)
+        return await self._asker.ask(CAPACITY_RENEW, request, Reservation, timeout)
 
     async def release(self, request: ReservationRelease, *, timeout: float = 5.0) -> Reservation:
         """Give room back; raises what ``renew`` does."""
-        reply = await self._ask(CAPACITY_RELEASE, request, timeout)
-        return _read(reply, CAPACITY_RESERVATION, Reservation)
+        return await self._asker.ask(CAPACITY_RELEASE, request, Reservation, timeout)
 
     async def reservation(self, reservation_id: UUID, *, timeout: float = 5.0) -> Reservation:
         """Return a reservation that is held, or ended within the last day; raises as ``renew``."""
         question = ReservationShow(reservation_id=reservation_id)
-        reply = await self._ask(RESERVATION_SHOW, question, timeout)
-        return _read(reply, CAPACITY_RESERVATION, Reservation)
+        return await self._asker.ask(RESERVATION_SHOW, question, Reservation, timeout)
 
     async def reservations(
         self, wanted: ReservationList | None = None, *, timeout: float = 5.0
     ) -> Reservations:
         """Return reservations, newest first; by default those that are held."""
         question = wanted if wanted is not None else ReservationList()
-        reply = await self._ask(RESERVATION_LIST, question, timeout)
-        return _read(reply, CAPACITY_RESERVATIONS, Reservations)
+        return await self._asker.ask(RESERVATION_LIST, question, Reservations, timeout)
 
     async def wait(self, question: CapacityWait) -> CapacityOffers:
         """Stand in line until something fits, or for ``question.timeout_seconds``.
@@ -273,8 +229,7 @@ class PlannerClient:
             is_last = left <= ASK_TO_WAIT_AGAIN_SECONDS
             patience = max(left, 0.0) + WAIT_GRACE_SECONDS if is_last else ASK_TO_WAIT_AGAIN_SECONDS
             try:
-                reply = await self._ask(CAPACITY_WAIT, asked, patience)
-                return _read(reply, CAPACITY_OFFERS, CapacityOffers)
+                return await self._asker.ask(CAPACITY_WAIT, asked, CapacityOffers, patience)
             except CapacityTimeout:
                 if is_last:
                     raise
@@ -336,126 +291,3 @@ class PlannerClient:
         """
         async with following(self._url, name=f"{self._name} events", agent_id=agent_id) as events:
             yield events
-
-    async def _ask(self, kind: str, question: BaseModel, timeout: float) -> DeliveredMessage:
-        deadline = time.monotonic() + timeout
-        body = encode(question)
-        asked = False
-        try:
-            async with asyncio.timeout(timeout):
-                while True:
-                    session = await self._link.session()
-                    asked = True
-                    try:
-                        return await self._ask_once(session, kind, body, deadline)
-                    except (NoResponders, BusRefused):
-                        raise
-                    except NotTaken as error:
-                        log.debug("asking again: %s", error)
-                    except BusUnavailable as error:
-                        # The line was cut: asking twice harms nobody. A question changes nothing,
-                        # a request about a reservation says which one.
-                        session.drop(str(error))
-                        await asyncio.sleep(0)
-        except TimeoutError:
-            if not asked:
-                raise self._unreachable(timeout) from None
-            raise CapacityTimeout(f"no answer within {timeout:g} s") from None
-
-    def _unreachable(self, timeout: float) -> Exception:
-        if self._link.lacks_topology:
-            return NoResponders(self._link.trouble)
-        return BusUnavailable(f"{self._link.trouble} (gave up after {timeout:g} s)")
-
-    async def _ask_once(
-        self, session: Session, kind: str, body: bytes, deadline: float
-    ) -> DeliveredMessage:
-        correlation_id = next(self._ids)
-        left = max(deadline - time.monotonic(), 0.001)
-        reply: asyncio.Future[DeliveredMessage] = asyncio.get_running_loop().create_future()
-        self._waiting[correlation_id] = reply
-        properties = Properties(
-            message_type=kind,
-            content_type="application/json",
-            correlation_id=correlation_id,
-            reply_to=self._reply_queue,
-            expiration=str(max(int(left * 1_000), 1)),
-            headers={DEADLINE_HEADER: int((time.time() + left) * 1_000)},
-        )
-        # Beside the wait for the reply, which need not wait for the confirm: of a question that is
-        # routed to several queues the slowest of them decides when that comes.
-        publishing = asyncio.create_task(
-            publish(
-                self._channel,
-                body,
-                exchange=RPC,
-                routing_key=CAPACITY_KEY,
-                properties=properties,
-                timeout=left,
-            )
-        )
-        publishing.add_done_callback(lambda done: done.cancelled() or done.exception())
-        try:
-            either: set[asyncio.Future[Any]] = {reply, session.lost}
-            await asyncio.wait({publishing, *either}, return_when=asyncio.FIRST_COMPLETED)
-            if publishing.done() and not reply.done():
-                is_elsewhere = isinstance(publishing.exception(), NotTaken)
-                if not is_elsewhere:
-                    publishing.result()
-                await asyncio.wait(
-                    either,
-                    # The standby queue may hold it all the same.
-                    timeout=ASK_AGAIN_SECONDS if is_elsewhere else None,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-            if reply.done():
-                self._link.works()
-                return reply.result()
-            if session.lost.done():
-                raise BusUnavailable(f"lost the broker: {session.lost.result()}")
-            publishing.result()
-            raise AssertionError("neither a reply nor a reason why there is none")
-        except Unroutable:
-            raise NoResponders(
-                "nobody answers capacity questions on this broker: is an orchestrator running?"
-            ) from None
-        finally:
-            publishing.cancel()
-            del self._waiting[correlation_id]
-
-    async def _prepare(self, session: Session) -> None:
-        await await_exchange(session, RPC)
-        channel = await session.channel()
-        channel.on_consumer_cancel_callbacks.add(
-            lambda _: session.drop("the broker cancelled the consumer of the reply queue")
-        )
-        with translated("making a reply queue"):
-            queue = await channel.queue_declare(
-                "", exclusive=True, auto_delete=True, timeout=ANSWER_SECONDS
-            )
-            self._reply_queue = str(queue.queue)
-            await channel.basic_consume(
-                self._reply_queue, self._on_reply, no_ack=True, timeout=ANSWER_SECONDS
-            )
-        self._channel = channel
-
-    async def _on_reply(self, message: DeliveredMessage) -> None:
-        waiting = self._waiting.get(str(message.header.properties.correlation_id))
-        if waiting is not None and not waiting.done():
-            waiting.set_result(message)
-        else:
-            log.debug("a reply came after its deadline, or twice")
-
-
-def _read(reply: DeliveredMessage, kind: str, body: type[Answer]) -> Answer:
-    """Return the answer of the expected kind, or raise the refusal that came instead."""
-    answered = reply.header.properties.message_type
-    try:
-        if answered == ERROR:
-            refusal = decode(ErrorReply, reply.body, MAX_REPLY_BYTES)
-            raise CapacityRefused.of(refusal.code, refusal.message, refusal.details)
-        if answered != kind:
-            raise BadMessage(f"type {str(answered)[:64]!r} is not {kind}")
-        return decode(body, reply.body, MAX_REPLY_BYTES)
-    except BadMessage as error:
-        raise CapacityRefused("internal", f"the answer does not fit: {error}") from None

@@ -19,7 +19,7 @@ from chiffon import liveness
 from chiffon.errors import TablesMissing
 from chiffon.messages import CapacityQuery, CapacityReserve, StatusUpdate
 from chiffon.registry.connection import ANSWER_SECONDS, answering, asyncpg_url
-from chiffon.registry.offers import EXPLAIN, FIND, RULES
+from chiffon.registry.offers import EXPLAIN, FIND, RULES, asked, taken
 from chiffon.registry.rows import (
     AgentRow,
     Closing,
@@ -357,34 +357,6 @@ class Registry:
         """Run one statement of this package, on a connection and in a transaction of its own."""
         async with self._connection() as connection:
             return await connection.fetch(statement, *arguments)
-
-
-def asked(query: CapacityQuery, most: int) -> tuple[Any, ...]:
-    """Return the arguments of a statement that looks for offers, at most so many."""
-    return (
-        query.min_gpu_vram_gb,
-        query.min_cpu_cores,
-        query.min_memory_gb,
-        query.agent_type,
-        query.pool_name,
-        query.gpu_type,
-        json.dumps(query.capabilities),
-        most,
-        query.min_single_gpu_vram_gb,
-    )
-
-
-def taken(reserve: CapacityReserve | None) -> tuple[Any, ...]:
-    """Return the arguments that follow them: what is to be taken on each agent."""
-    if reserve is None:
-        return (None, 0, 0.0, 0.0, 0.0)
-    return (
-        reserve.agent_id,
-        reserve.gpus,
-        reserve.gpu_vram_gb,
-        float(reserve.cpu_cores),
-        reserve.memory_gb,
-    )
 
 
 def _columns(receipt: Receipt, now: float) -> tuple[Any, ...]:

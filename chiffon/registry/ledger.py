@@ -11,7 +11,7 @@ import asyncpg
 
 from chiffon.errors import RowRefused
 from chiffon.messages import CapacityReserve, Reservation, ReservationList
-from chiffon.registry import Registry, asked, taken
+from chiffon.registry import Registry
 from chiffon.registry.claims import (
     ASK_AGAIN,
     CLAIM,
@@ -27,6 +27,7 @@ from chiffon.registry.claims import (
     REVOKE_ON,
     SHOW,
 )
+from chiffon.registry.offers import asked, taken
 
 KEPT_SECONDS = 86_400.0
 """How long a reservation that has ended is still known, for who asks again with its key."""

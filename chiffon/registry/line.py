@@ -13,8 +13,8 @@ from uuid import UUID
 import asyncpg
 
 from chiffon.messages import CapacityQuery, CapacityWait
-from chiffon.registry import Registry, asked
-from chiffon.registry.offers import ASKED, BEST_FIRST, OFFER, offered
+from chiffon.registry import Registry
+from chiffon.registry.offers import ASKED, BEST_FIRST, OFFER, asked, offered
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,11 @@
 The statements are put together from constants of this file, and from nothing else.
 """
 
+import json
 from collections.abc import Mapping
+from typing import Any
+
+from chiffon.messages import CapacityQuery, CapacityReserve
 
 DEGRADED = """coalesce((SELECT fresh_at <= statement_timestamp() - interval '5 seconds'
                        OR grace_until > statement_timestamp() FROM ingest_path), true)"""
@@ -170,3 +174,31 @@ SELECT statement_timestamp() AS as_of,
        (SELECT json_agg(nearest ORDER BY cardinality(broken), place) FROM nearest) AS nearest,
        (SELECT row_to_json(relaxed) FROM relaxed) AS relaxed
 """  # noqa: S608
+
+
+def asked(query: CapacityQuery, most: int) -> tuple[Any, ...]:
+    """Return the arguments of a statement that looks for offers, at most so many."""
+    return (
+        query.min_gpu_vram_gb,
+        query.min_cpu_cores,
+        query.min_memory_gb,
+        query.agent_type,
+        query.pool_name,
+        query.gpu_type,
+        json.dumps(query.capabilities),
+        most,
+        query.min_single_gpu_vram_gb,
+    )
+
+
+def taken(reserve: CapacityReserve | None) -> tuple[Any, ...]:
+    """Return the arguments that follow them: what is to be taken on each agent."""
+    if reserve is None:
+        return (None, 0, 0.0, 0.0, 0.0)
+    return (
+        reserve.agent_id,
+        reserve.gpus,
+        reserve.gpu_vram_gb,
+        float(reserve.cpu_cores),
+        reserve.memory_gb,
+    )
