@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -13,31 +12,16 @@ from uuid import uuid4
 import pytest
 
 from chiffon.registry import Receipt, Registry
+from tests.fixtures.command import Done, commands
 from tests.fixtures.heartbeats import update
 from tests.fixtures.system import orchestrating
-
-Done = subprocess.CompletedProcess[str]
 
 
 @pytest.fixture
 def chiffon(amqp_url: str, database_url: str, tmp_path: Path) -> Callable[..., Done]:
     """Run a command on this test's virtual host and database."""
 
-    def run(*arguments: str) -> Done:
-        return subprocess.run(
-            [sys.executable, "-m", "chiffon", *arguments],
-            env={
-                **os.environ,
-                "CHIFFON_AMQP_URL": amqp_url,
-                "CHIFFON_DATABASE_URL": database_url,
-                "CHIFFON_STATE_DIR": str(tmp_path),
-            },
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-
-    return run
+    return commands(amqp_url, database_url, tmp_path)
 
 
 async def test_the_fleet_and_its_capacity_are_shown(

@@ -3,8 +3,6 @@
 import asyncio
 import json
 import os
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,11 @@ import pytest
 
 from chiffon.registry import Registry
 from chiffon.registry.line import Line
+from tests.fixtures.command import Done, commands
 from tests.fixtures.rooms import gpu, record, rig
 from tests.fixtures.system import orchestrating
 from tests.fixtures.waiting import until
 
-Done = subprocess.CompletedProcess[str]
 Run = Callable[..., Coroutine[Any, Any, Done]]
 
 
@@ -25,19 +23,7 @@ Run = Callable[..., Coroutine[Any, Any, Done]]
 async def run(amqp_url: str, database_url: str, tmp_path: Path) -> AsyncIterator[Run]:
     """Run a command while an orchestrator answers."""
 
-    def call(*arguments: str) -> Done:
-        return subprocess.run(
-            [sys.executable, "-m", "chiffon", *arguments],
-            env={
-                **os.environ,
-                "CHIFFON_AMQP_URL": amqp_url,
-                "CHIFFON_DATABASE_URL": database_url,
-                "CHIFFON_STATE_DIR": str(tmp_path),
-            },
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+    call = commands(amqp_url, database_url, tmp_path)
 
     async def later(*arguments: str) -> Done:
         return await asyncio.to_thread(call, *arguments)
