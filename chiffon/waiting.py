@@ -148,7 +148,11 @@ class WaitingRoom:
         """Send one answer; returns whether anybody took it, ``None`` if that is not known."""
         question = one.question
         try:
-            found = await self._capacity.find(question.model_copy(update={"limit": 1}))
+            # For whether the view is degraded, and, for who gets nothing, why there is nothing.
+            explain = question.explain and not offers
+            found = await self._capacity.find(
+                question.model_copy(update={"limit": 1, "explain": explain})
+            )
             answer = CapacityOffers(
                 as_of=found.as_of,
                 degraded=found.degraded,
