@@ -19,6 +19,7 @@ from uuid import UUID, uuid4
 from chiffon.asking import Asker
 from chiffon.errors import (
     AgentNotFoundError,
+    BusRefused,
     BusUnavailable,
     CapacityError,
     CapacityRefused,
@@ -63,8 +64,6 @@ TRY_SECONDS = 5.0
 """How often room is tried for of which the line knows only a part."""
 
 LONGEST_WAIT_SECONDS = 86_400.0
-
-_PASSING = ("unavailable", "expired")
 
 
 class PlannerClient:
@@ -233,10 +232,9 @@ class PlannerClient:
             except CapacityTimeout:
                 if is_last:
                     raise
-            except (NoResponders, CapacityRefused) as error:
-                is_passing = isinstance(error, NoResponders) or error.code in _PASSING
+            except (NoResponders, CapacityRefused, BusUnavailable) as error:
                 # Who has asked once stands in line, which outlives responder and broker.
-                if is_first or not is_passing or left <= 0:
+                if is_first or left <= 0 or not _is_passing(error):
                     raise
                 await asyncio.sleep(min(WAIT_PAUSE_SECONDS, left))
             is_first = False
@@ -291,3 +289,10 @@ class PlannerClient:
         """
         async with following(self._url, name=f"{self._name} events", agent_id=agent_id) as events:
             yield events
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether it may be over in a moment, and nobody has to do anything about it."""
+    if isinstance(error, CapacityRefused):
+        return error.code in ("unavailable", "expired")
+    return not isinstance(error, BusRefused)

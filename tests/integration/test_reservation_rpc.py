@@ -380,6 +380,27 @@ async def test_a_line_outlives_the_responder_that_took_the_question(
             assert len((await waiting).agents) == 1
 
 
+async def test_who_waits_asks_again_and_outlives_that_nobody_answers(
+    amqp_url: str, database_url: str, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line was lost, and when the question is asked again there is no responder at first."""
+    monkeypatch.setattr("chiffon.planner.ASK_TO_WAIT_AGAIN_SECONDS", 0.5)
+    async with PlannerClient.open(amqp_url) as planner:
+        async with orchestrating(amqp_url, database_url):
+            waiting = asyncio.create_task(
+                planner.wait(CapacityWait(min_gpu_vram_gb=40, timeout_seconds=60))
+            )
+            await joined(registry, 1)
+            [one] = await Line(registry).waiting()
+        await Line(registry).leave([one.wait_id])
+        await asyncio.sleep(1.5)  # so that it asks while nobody is there
+        assert not waiting.done()
+        async with orchestrating(amqp_url, database_url):
+            await joined(registry, 1)
+            await record(registry, rig(gpu(0, 50.0)))
+            assert len((await waiting).agents) == 1
+
+
 async def test_a_waiter_that_is_gone_leaves_the_line(serving: str, registry: Registry) -> None:
     async with PlannerClient.open(serving) as planner:
         waiting = asyncio.create_task(

@@ -57,7 +57,7 @@ async def test_a_killed_planner_gives_its_room_back_within_its_lease(
                 return found if found.state == "expired" else None
 
             await until(is_over, "its room is free")
-            assert time.monotonic() - killed < LEASE_SECONDS + 5
+            assert time.monotonic() - killed < LEASE_SECONDS + 15
             await service.reserve(request(gpu_vram_gb=20.0))
 
 
