@@ -160,9 +160,7 @@ class ReservationService:
 
     async def reservations(self, wanted: ReservationList) -> Reservations:
         """Return those that fit, newest first."""
-        found = await self._ledger.listed(wanted)
-        as_of = found[0].as_of if found else (await self._capacity.fleet()).as_of
-        return Reservations(as_of=as_of, reservations=found)
+        return await self._ledger.listed(wanted)
 
     async def _stale(self, reservation_id: UUID, fence: int | None) -> CapacityRefused:
         known = await self._ledger.show(reservation_id)

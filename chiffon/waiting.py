@@ -8,7 +8,6 @@ those behind.
 """
 
 import asyncio
-import json
 import logging
 from collections.abc import Sequence
 from itertools import islice
@@ -24,7 +23,7 @@ from chiffon.errors import (
     RegistryUnavailable,
     Unroutable,
 )
-from chiffon.messages import CAPACITY_OFFERS, MAX_OFFERS, CapacityOffers, CapacityQuery, Offer
+from chiffon.messages import CAPACITY_OFFERS, MAX_OFFERS, CapacityOffers
 from chiffon.messages import CapacityWait as Question
 from chiffon.registry import Registry
 from chiffon.registry.line import MOST_OF_ONE, MOST_QUESTIONS, Line, Reply, Waiting
@@ -100,16 +99,18 @@ class WaitingRoom:
         if not line:
             await self._line.leave([])
             return 0
-        offers = await self._offers(line)
-        ready = [one for one in line if offers.get(one.wait_id) or one.is_over]
+        answers = await self._offers(line)
+        ready = [
+            one
+            for one in line
+            if one.wait_id in answers and (answers[one.wait_id].agents or one.is_over)
+        ]
         ours = await self._line.take([one.wait_id for one in ready])
         taken = [one for one in ready if one.wait_id in ours]
-        outcomes = await asyncio.gather(
-            *(self._answer(one, offers.get(one.wait_id, [])) for one in taken)
-        )
+        outcomes = await asyncio.gather(*(self._answer(one, answers[one.wait_id]) for one in taken))
         offered, done = {}, []
         for one, is_sent in zip(taken, outcomes, strict=True):
-            theirs = offers.get(one.wait_id, [])
+            theirs = answers[one.wait_id].agents
             if is_sent and theirs:
                 offered[one.wait_id] = theirs[0].agent_id
             elif is_sent is not None or one.is_over or ours[one.wait_id]:
@@ -120,47 +121,43 @@ class WaitingRoom:
             self._again.set()  # what was meant for them is for those behind them
         return sum(is_sent is True for is_sent in outcomes)
 
-    async def _offers(self, line: Sequence[Waiting]) -> dict[UUID, list[Offer]]:
+    async def _offers(self, line: Sequence[Waiting]) -> dict[UUID, CapacityOffers]:
         """Return what each is offered: nobody what somebody else would take first."""
         spoken_for = await self._line.spoken_for()
-        questions: dict[str, CapacityQuery] = {}
-        for one in line:
-            needs = _needs(one.question)
-            if needs in questions or len(questions) < MOST_QUESTIONS:
-                questions.setdefault(needs, one.question)
-        numbers = {needs: number for number, needs in enumerate(questions)}
+        # Whose time is up comes first, and is gone with this pass.
+        urgent = sorted(line, key=lambda one: (not one.is_over, one.kind))
+        kinds = list(dict.fromkeys(one.kind for one in urgent))[:MOST_QUESTIONS]
+        questions = {one.kind: one.question for one in line if one.kind in kinds}
         # Some more than are asked for, as others may be offered them first.
         most = min(max(one.question.limit for one in line) + MOST_OF_ONE, MAX_OFFERS)
-        found = await self._line.find_each(list(questions.values()), most)
-        offers: dict[UUID, list[Offer]] = {}
+        found = dict(
+            zip(questions, await self._line.find_each(list(questions.values()), most), strict=True)
+        )
+        answers: dict[UUID, CapacityOffers] = {}
         for one in line:
-            number = numbers.get(_needs(one.question))
-            if number is None:
-                continue
-            left = (row for row in found[number] if row["agent_id"] not in spoken_for)
+            if one.kind not in found:
+                continue  # in a later pass
+            theirs = found[one.kind]
+            left = (row for row in theirs.rows if row["agent_id"] not in spoken_for)
             fitting = (offer for row in left if (offer := offer_of(row, one.question)) is not None)
-            offers[one.wait_id] = list(islice(fitting, one.question.limit))
-            if offers[one.wait_id]:
-                spoken_for.add(offers[one.wait_id][0].agent_id)
-        return offers
-
-    async def _answer(self, one: Waiting, offers: list[Offer]) -> bool | None:
-        """Send one answer; returns whether anybody took it, ``None`` if that is not known."""
-        question = one.question
-        try:
-            # For whether the view is degraded, and, for who gets nothing, why there is nothing.
-            explain = question.explain and not offers
-            found = await self._capacity.find(
-                question.model_copy(update={"limit": 1, "explain": explain})
-            )
-            answer = CapacityOffers(
-                as_of=found.as_of,
-                degraded=found.degraded,
+            offers = list(islice(fitting, one.question.limit))
+            answers[one.wait_id] = CapacityOffers(
+                as_of=theirs.as_of,
+                degraded=theirs.degraded,
                 total_matches=len(offers),
-                total_relation="gte" if len(offers) == question.limit else "eq",
+                total_relation="gte" if len(offers) == one.question.limit else "eq",
                 agents=offers,
-                explanation=found.explanation,
             )
+            if offers:
+                spoken_for.add(offers[0].agent_id)
+        return answers
+
+    async def _answer(self, one: Waiting, answer: CapacityOffers) -> bool | None:
+        """Send one answer; returns whether anybody took it, ``None`` if that is not known."""
+        try:
+            if one.question.explain and not answer.agents:
+                explanation = await self._capacity.explain(one.question)
+                answer = answer.model_copy(update={"explanation": explanation})
             await self._answers.publish(
                 encode(answer),
                 exchange=one.reply.exchange,
@@ -182,8 +179,3 @@ class WaitingRoom:
             log.exception("answering %s failed in an unforeseen way", one.wait_id)
             return None
         return True
-
-
-def _needs(question: Question) -> str:
-    named = question.model_dump(mode="json", exclude={"timeout_seconds", "wait_id", "limit"})
-    return json.dumps(named, sort_keys=True)

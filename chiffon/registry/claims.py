@@ -185,10 +185,14 @@ REVOKE_ON = _end(f"""
 
 SHOW = f"SELECT {RESERVATION} FROM reservation WHERE reservation_id = $1"  # noqa: S608
 LIST = f"""
-SELECT {RESERVATION} FROM reservation
- WHERE ($1::text IS NULL OR state = $1) AND ($2::text IS NULL OR holder = $2)
-   AND ($3::uuid IS NULL OR $3 = ANY(agent_ids))
- ORDER BY fence DESC LIMIT $4
+SELECT v.*, statement_timestamp() AS listed_at
+  FROM (SELECT) one LEFT JOIN (
+   SELECT {RESERVATION} FROM reservation
+    WHERE ($1::text IS NULL OR state = $1) AND ($2::text IS NULL OR holder = $2)
+      AND ($3::uuid IS NULL OR $3 = ANY(agent_ids))
+    ORDER BY fence DESC LIMIT $4
+  ) v ON true
+ ORDER BY fence DESC
 """  # noqa: S608
 
 PURGE = """

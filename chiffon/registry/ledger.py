@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 import asyncpg
 
 from chiffon.errors import RowRefused
-from chiffon.messages import CapacityReserve, Reservation, ReservationList
+from chiffon.messages import CapacityReserve, Reservation, ReservationList, Reservations
 from chiffon.registry import Registry
 from chiffon.registry.claims import (
     ASK_AGAIN,
@@ -137,12 +137,13 @@ class Ledger:
         rows = await self._registry.fetch(SHOW, reservation_id)
         return _reservation(rows[0]) if rows else None
 
-    async def listed(self, wanted: ReservationList) -> list[Reservation]:
+    async def listed(self, wanted: ReservationList) -> Reservations:
         """Return those that fit, newest first."""
         rows = await self._registry.fetch(
             LIST, wanted.state, wanted.holder, wanted.agent_id, wanted.limit
         )
-        return [_reservation(row) for row in rows]
+        found = [_reservation(row) for row in rows if row["reservation_id"] is not None]
+        return Reservations(as_of=rows[0]["listed_at"], reservations=found)
 
     async def expire(self) -> list[Reservation]:
         """End those that were not renewed in time, at most 500; returns them."""

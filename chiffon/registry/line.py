@@ -10,11 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from uuid import UUID
 
-import asyncpg
-
 from chiffon.messages import CapacityQuery, CapacityWait
-from chiffon.registry import Registry
-from chiffon.registry.offers import ASKED, BEST_FIRST, OFFER, asked, offered
+from chiffon.registry import Found, Registry
+from chiffon.registry.offers import ASKED, BEST_FIRST, OFFER, asked, degraded, offered
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +62,7 @@ WITH waiting AS (
 ), numbered AS (
   SELECT *, dense_rank() OVER (ORDER BY first_of_its_kind) AS kind FROM ranked
 )
-SELECT wait_id, question, reply, is_over FROM numbered
+SELECT wait_id, question, reply, is_over, kind FROM numbered
  WHERE is_over OR kind <= {MOST_QUESTIONS} AND among_its_kind <= {MOST_OF_ONE}
  ORDER BY place
 """  # noqa: S608
@@ -110,15 +108,15 @@ _COLUMNS = {
 }
 _ARRAYS = ", ".join(f"${n}::{kind}[]" for n, kind in enumerate(_COLUMNS.values(), 3))
 _FIND_EACH = f"""
-SELECT q.number, o.*, statement_timestamp() AS as_of,
+SELECT q.number, o.*, statement_timestamp() AS as_of, {degraded("q.pool_name")} AS degraded,
        extract(epoch FROM statement_timestamp() - o.last_heartbeat_at)::float8 AS age_seconds
   FROM unnest($1::int[], {_ARRAYS})
          AS q (number, {", ".join(_COLUMNS)})
- CROSS JOIN LATERAL (
+  LEFT JOIN LATERAL (
    SELECT {OFFER}, row_number() OVER (ORDER BY {BEST_FIRST}) AS place FROM agent_registry r
     WHERE {offered({name: f"q.{name}" for name in ASKED})}
     ORDER BY {BEST_FIRST} LIMIT $2
- ) o
+ ) o ON true
  ORDER BY q.number, o.place
 """  # noqa: S608
 
@@ -138,12 +136,17 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """One who waits; ``is_over``: the time is up."""
+    """One who waits.
+
+    ``is_over``: the time is up. ``kind``: the same for all who ask the same, in the order in which
+    the first of each came, from 1.
+    """
 
     wait_id: UUID
     question: CapacityWait
     reply: Reply
     is_over: bool
+    kind: int
 
 
 class Line:
@@ -183,7 +186,7 @@ class Line:
             except (ValueError, TypeError):
                 unreadable.append(row["wait_id"])
                 continue
-            found.append(Waiting(row["wait_id"], question, reply, row["is_over"]))
+            found.append(Waiting(row["wait_id"], question, reply, row["is_over"], row["kind"]))
         if unreadable:
             log.warning("removed %d from the line whose questions nobody can read", len(unreadable))
             await self.leave(unreadable)
@@ -194,18 +197,19 @@ class Line:
         rows = await self._registry.fetch(_SPOKEN_FOR, OFFERED_SECONDS)
         return {row["offered_agent_id"] for row in rows}
 
-    async def find_each(
-        self, questions: Sequence[CapacityQuery], most: int
-    ) -> list[list[asyncpg.Record]]:
+    async def find_each(self, questions: Sequence[CapacityQuery], most: int) -> list[Found]:
         """Return for each question who fits, best first, at most so many: one statement."""
-        arguments = [asked(question, most) for question in questions]
-        columns = list(zip(*arguments, strict=True))
+        columns = list(zip(*(asked(question, most) for question in questions), strict=True))
         del columns[7]  # how many is the same for all
         rows = await self._registry.fetch(_FIND_EACH, list(range(len(questions))), most, *columns)
-        found: list[list[asyncpg.Record]] = [[] for _ in questions]
+        found: list[Found | None] = [None] * len(questions)
         for row in rows:
-            found[row["number"]].append(row)
-        return found
+            one = found[row["number"]]
+            if one is None:
+                one = found[row["number"]] = Found(row["as_of"], row["degraded"], [], [])
+            if row["agent_id"] is not None:
+                one.rows.append(row)
+        return [one for one in found if one is not None]
 
     async def take(self, wait_ids: Sequence[UUID]) -> dict[UUID, bool]:
         """Return those that are ours to answer now, and whether that is the last try."""

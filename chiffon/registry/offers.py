@@ -83,15 +83,22 @@ ASKED = {
 }
 """The fields of a query by their places among a statement's arguments; $8 is how many rows."""
 
+
+def degraded(pool: str) -> str:
+    """Return the SQL that tells whether we trust our view of a pool, or of all if that is NULL."""
+    return (
+        f"({DEGRADED} OR EXISTS (SELECT FROM pool_state WHERE thawed_at IS NULL"
+        f" AND ({pool}::text IS NULL OR pool_state.pool_name = {pool})))"
+    )
+
+
 OFFER = """r.agent_id, r.agent_type, r.pool_name, r.hostname, r.status, r.resource_metrics,
          r.performance_score, r.last_heartbeat_at, r.room"""
 
 FIND = f"""
 WITH header AS (
   SELECT statement_timestamp() AS as_of,
-         {DEGRADED}
-           OR EXISTS (SELECT FROM pool_state WHERE thawed_at IS NULL
-                         AND ($5::text IS NULL OR pool_name = $5)) AS degraded,
+         {degraded("$5")} AS degraded,
          ARRAY(SELECT agent_id FROM agent_registry
                 WHERE NOT metrics_sound AND status = 'online' LIMIT 10
               ) AS malformed

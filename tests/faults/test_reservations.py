@@ -22,6 +22,7 @@ from chiffon.registry import asyncpg_url
 from tests.faults.conftest import Survives
 from tests.faults.lab import Lab
 from tests.fixtures.rooms import broken
+from tests.fixtures.waiting import until
 
 pytestmark = [pytest.mark.faults, pytest.mark.asyncio(loop_scope="session")]
 
@@ -91,13 +92,16 @@ async def suffer(lab: Lab, fault: Callable[[], Awaitable[None]]) -> None:
     takers = [Taker(lab.amqp_url) for _ in range(TAKERS)]
     running = [asyncio.create_task(taker.run()) for taker in takers]
     await fault()
-    before = sum(taker.answered for taker in takers)
-    await asyncio.sleep(1.0)
+    before = [taker.answered for taker in takers]
+
+    async def go_on() -> bool:
+        return all(one.answered > count for one, count in zip(takers, before, strict=True))
+
+    await until(go_on, "each is answered after the fault")
     for taker in takers:
         taker.stop()
     async with asyncio.timeout(60):
         await asyncio.gather(*running)
-    assert sum(taker.answered for taker in takers) > before, "none was answered after the fault"
     database = await asyncpg.connect(asyncpg_url(lab.database_url))
     try:
         rows = await database.fetch("SELECT * FROM reservation WHERE state = 'held'")

@@ -10,6 +10,7 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
+from chiffon.asking import Asker
 from chiffon.errors import (
     CapacityRefused,
     IdempotencyMismatch,
@@ -385,6 +386,15 @@ async def test_who_waits_asks_again_and_outlives_that_nobody_answers(
 ) -> None:
     """The line was lost, and when the question is asked again there is no responder at first."""
     monkeypatch.setattr("chiffon.planner.ASK_TO_WAIT_AGAIN_SECONDS", 0.5)
+    asked = 0
+
+    async def ask(self: Asker, *question: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        return await original(self, *question)
+
+    original = Asker.ask
+    monkeypatch.setattr(Asker, "ask", ask)
     async with PlannerClient.open(amqp_url) as planner:
         async with orchestrating(amqp_url, database_url):
             waiting = asyncio.create_task(
@@ -393,7 +403,12 @@ async def test_who_waits_asks_again_and_outlives_that_nobody_answers(
             await joined(registry, 1)
             [one] = await Line(registry).waiting()
         await Line(registry).leave([one.wait_id])
-        await asyncio.sleep(1.5)  # so that it asks while nobody is there
+        before = asked
+
+        async def has_asked_nobody() -> bool:
+            return asked >= before + 2
+
+        await until(has_asked_nobody, "it asks while nobody is there")
         assert not waiting.done()
         async with orchestrating(amqp_url, database_url):
             await joined(registry, 1)
