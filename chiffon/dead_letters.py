@@ -10,6 +10,7 @@ from aiormq.abc import DeliveredMessage
 
 from chiffon.bus import Properties, Publisher
 from chiffon.encoding import Refusal
+from chiffon.frames import Delivery
 from chiffon.link import Link
 from chiffon.topology import (
     DEAD_LETTER_HEADER,
@@ -33,7 +34,7 @@ class DeadLetters:
     def __init__(self, outgoing: Link) -> None:
         self._publisher = Publisher(outgoing)
 
-    async def set_aside(self, message: DeliveredMessage, refusal: Refusal) -> None:
+    async def set_aside(self, message: DeliveredMessage | Delivery, refusal: Refusal) -> None:
         """Publish a refused message, or a refused part of one, and wait for the confirm.
 
         The headers say why, and which exchange and key it came by.

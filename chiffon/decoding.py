@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pamqp import common, decode
+from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
 _noted = threading.local()
@@ -33,6 +34,12 @@ def install() -> None:
         self.undecodable = _noted.problems  # type: ignore[attr-defined]
 
     ContentHeader.unmarshal = unmarshal  # type: ignore[method-assign]
+
+
+def give_up(header: ContentHeader, error: Exception) -> None:
+    """Note that nothing of a message's properties could be decoded."""
+    header.properties = Basic.Properties()
+    header.undecodable = [type(error).__name__]  # type: ignore[attr-defined]
 
 
 def undecodable(header: ContentHeader) -> str | None:

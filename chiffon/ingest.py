@@ -1,38 +1,33 @@
 """The consumer that records heartbeats: in batches, and acknowledged after the commit.
 
-Deliveries only go into a buffer; the database work is done by a task of its own, since the
-library cancels its callbacks when a channel closes. While one batch commits, the next gathers,
-so batches are small when the fleet is quiet and large when there is much to do.
+While one batch commits, the next is read, so batches are small when the fleet is quiet and large
+when there is much to do.
 """
 
 import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from functools import partial
 from uuid import UUID
 
-from aiormq.abc import DeliveredMessage
 from prometheus_client import Counter, Histogram
 
 from chiffon import liveness
-from chiffon.bus import acknowledge, reject
+from chiffon.consumer import Consumer
 from chiffon.dead_letters import DeadLetters
-from chiffon.decoding import undecodable
-from chiffon.encoding import Refusal, decode_heartbeats, encode
-from chiffon.errors import BadMessage, BusUnavailable, RegistryUnavailable, RowRefused
+from chiffon.encoding import Refusal, encode
+from chiffon.errors import BusUnavailable, RegistryUnavailable, RowRefused
 from chiffon.events import Events
-from chiffon.messages import CANARY, STATUS_UPDATE, StatusUpdate
+from chiffon.frames import Delivery
 from chiffon.metrics import SECONDS
+from chiffon.reading import Reading
 from chiffon.registry import Receipt, Recorded, Registry, Stale
-from chiffon.session import Channel, Session, translated
-from chiffon.topology import HELD_HEADER, INGEST
+from chiffon.topology import INGEST
 
 log = logging.getLogger(__name__)
 
-CANCEL_SECONDS = 2.0
-LONGEST_HELD_SECONDS = 30 * 86_400.0
 FIRST_PAUSE_SECONDS = 0.05
 LONGEST_PAUSE_SECONDS = 2.0
 """Between two tries to commit while the database is away."""
@@ -74,49 +69,6 @@ PATH = Histogram(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Delivery:
-    """A message as it came, and when: seconds on the monotonic clock."""
-
-    message: DeliveredMessage
-    received: float
-
-
-@dataclass(slots=True)
-class _Reading:
-    """A batch, read: what is to be recorded, and what is to be set aside."""
-
-    newest: dict[UUID, tuple[StatusUpdate, _Delivery]] = field(default_factory=dict)
-    heartbeats: int = 0
-    canary: _Delivery | None = None
-    refused: dict[int, tuple[DeliveredMessage, list[Refusal]]] = field(default_factory=dict)
-    """By delivery tag: what of a message is to be set aside."""
-
-    def add(self, update: StatusUpdate, delivery: _Delivery) -> None:
-        self.heartbeats += 1
-        kept = self.newest.get(update.agent_id)
-        if kept is None or kept[0].order < update.order:
-            self.newest[update.agent_id] = (update, delivery)
-
-    def refuse(self, message: DeliveredMessage, refusals: Iterable[Refusal]) -> None:
-        _, known = self.refused.setdefault(message.delivery_tag or 0, (message, []))
-        known.extend(refusals)
-
-    def count(self) -> None:
-        """Count what was received, and what needs no database."""
-        refused = sum(len(refusals) for _, refusals in self.refused.values())
-        RECEIVED.inc(self.heartbeats + refused)
-        DEAD_LETTERED.inc(refused)
-        SUPERSEDED.inc(self.heartbeats - len(self.newest))
-
-    def receipts(self) -> list[Receipt]:
-        """Return what is to be recorded, in the order of the agents' ids."""
-        return [
-            Receipt(update, delivery.received)
-            for _, (update, delivery) in sorted(self.newest.items())
-        ]
-
-
 class _Rivals:
     """Agents of whose earlier start heartbeats keep coming: two processes use one id."""
 
@@ -153,7 +105,8 @@ class Ingest:
         dead_letters: Where refused messages go; never over the connection that consumes, as an
             alarm stops acknowledgements on a connection that publishes.
         canary_key: Of our own canaries, which tell how long messages are on their way.
-        batch_size: The most messages in one commit; twice as many are prefetched.
+        batch_size: Messages that are worth a commit at once, and the most rows of one statement.
+            Twice as many are prefetched: while some are committed, the next are read.
         batch_seconds: How long a message may wait for others to share its commit.
     """
 
@@ -173,11 +126,8 @@ class Ingest:
         self._canary_key = canary_key
         self._batch_size = batch_size
         self._batch_seconds = batch_seconds
-        self._session: Session | None = None
-        self._channel: Channel | None = None
-        self._consumer_tag: str | None = None
-        self._works: Callable[[], None] = lambda: None
-        self._buffer: list[_Delivery] = []
+        self._consumer: Consumer | None = None
+        self._reading = Reading()
         self._in_work = 0
         self._heard = time.monotonic()
         self._arrived = asyncio.Event()
@@ -185,29 +135,22 @@ class Ingest:
         self._stopping = False
         self._rivals = _Rivals()
 
-    async def attach(self, session: Session) -> None:
+    async def attach(self, consumer: Consumer) -> None:
         """Start to consume on a new connection.
 
         What the last one had delivered and we have not committed is delivered again.
         """
-        self._channel = None
-        self._buffer.clear()
-        channel = await session.channel(confirms=False, prefetch=2 * self._batch_size)
-        channel.on_consumer_cancel_callbacks.add(
-            lambda _: session.drop(f"the broker cancelled the consumer of {INGEST}")
+        self._reading = Reading()
+        self._consumer, self._heard = consumer, time.monotonic()
+        await consumer.consume(
+            INGEST, prefetch=2 * self._batch_size, take=partial(self._take, consumer)
         )
-        self._channel = channel
-        self._works = session.works
-        with translated(f"consuming {INGEST}"):
-            answer = await channel.basic_consume(INGEST, self._on_delivery)
-        self._consumer_tag = answer.consumer_tag
-        self._session, self._heard = session, time.monotonic()
         log.info("consuming %s", INGEST)
 
     @property
     def is_attached(self) -> bool:
         """Whether we believe that we are consuming."""
-        return not (self._stopping or self._session is None or self._session.lost.done())
+        return not (self._stopping or self._consumer is None or self._consumer.lost.done())
 
     @property
     def idle_seconds(self) -> float:
@@ -217,83 +160,85 @@ class Ingest:
     @property
     def has_room(self) -> bool:
         """Whether the broker may deliver more before we acknowledge."""
-        return len(self._buffer) + self._in_work < 2 * self._batch_size
+        return self._reading.messages + self._in_work < 2 * self._batch_size
 
     def drop(self, reason: str) -> None:
         """Give the connection up that consumes; another is dialled."""
-        if self._session is not None:
-            self._session.drop(reason)
+        if self._consumer is not None:
+            self._consumer.drop(reason)
 
-    async def _on_delivery(self, message: DeliveredMessage) -> None:
-        self._heard = time.monotonic()
-        self._buffer.append(_Delivery(message, self._heard - _held_before(message)))
+    def _take(self, consumer: Consumer, deliveries: Sequence[Delivery], received: float) -> None:
+        if consumer is not self._consumer:
+            return
+        self._heard = received
+        self._reading.take(deliveries, received)
         self._arrived.set()
-        if len(self._buffer) >= self._batch_size:
+        if self._reading.messages >= self._batch_size:
             self._full.set()
 
     async def run(self) -> None:
-        """Commit and acknowledge batches until ``stop`` is called and the buffer is empty."""
+        """Commit and acknowledge batches until ``stop`` is called and all is committed."""
         while True:
             await self._arrived.wait()
-            if not self._stopping and len(self._buffer) < self._batch_size:
-                await self._wait_for_more()
-            batch, self._buffer = (
-                self._buffer[: self._batch_size],
-                self._buffer[self._batch_size :],
-            )
-            if batch:
-                self._in_work = len(batch)
-                await self._take(batch)
+            if not self._stopping and not self._full.is_set():
+                await self._wait_for_more(self._reading.began + self._batch_seconds)
+            self._arrived.clear()
+            self._full.clear()
+            reading, self._reading = self._reading, Reading()
+            if reading.messages:
+                self._in_work = reading.messages
+                await self._finish(reading, self._consumer)
                 self._in_work = 0
-            if not self._buffer:
-                if self._stopping:
-                    return
-                self._arrived.clear()
-            if len(self._buffer) < self._batch_size:
-                self._full.clear()
+            if self._stopping and not self._reading.messages:
+                return
 
     async def stop(self) -> None:
         """Take no more deliveries; ``run`` ends once what is here is committed."""
         self._stopping = True
-        if self._channel is not None and self._consumer_tag is not None:
+        if self._consumer is not None:
             try:
-                with translated("ending the consumer"):
-                    await self._channel.basic_cancel(self._consumer_tag, timeout=CANCEL_SECONDS)
+                await self._consumer.cancel()
             except BusUnavailable as error:
                 log.debug("%s", error)
         self._arrived.set()
         self._full.set()
 
-    async def _wait_for_more(self) -> None:
+    async def _wait_for_more(self, until: float) -> None:
+        seconds = until - time.monotonic()
+        if seconds <= 0:
+            return
         try:
-            async with asyncio.timeout(self._batch_seconds):
+            async with asyncio.timeout(seconds):
                 await self._full.wait()
         except TimeoutError:
             pass
 
-    async def _take(self, batch: Sequence[_Delivery]) -> None:
-        reading = _read(batch)
-        reading.count()
+    async def _finish(self, reading: Reading, consumer: Consumer | None) -> None:
+        _count(reading)
         await self._commit(reading)
-        rejected = await self._set_aside(reading)
+        rejected = await self._set_aside(reading, consumer)
+        if consumer is None or consumer is not self._consumer:
+            return  # its connection is gone: they are delivered again, and change nothing
         # The broker closes the channel at an acknowledgement of what was rejected already.
-        taken = [one.message for one in batch if one.message.delivery_tag not in rejected]
-        if taken:
-            await self._acknowledge(taken[-1])
+        taken = (tag for tag in reading.tags if tag not in rejected)
+        last = next(taken, None)
+        if last is not None:
+            consumer.acknowledge(last)
+            consumer.works()
 
-    async def _commit(self, reading: _Reading) -> None:
+    async def _commit(self, reading: Reading) -> None:
         """Record a batch, trying again for as long as the database is away."""
         pause, began = FIRST_PAUSE_SECONDS, time.monotonic()
         trouble: str | None = None
-        is_recorded = False
+        left = [receipt for receipt, _ in reading.newest.values()]
+        left.sort(key=lambda receipt: receipt.update.agent_id)
         while True:
             try:
-                if reading.newest and not is_recorded:
-                    await self._record(reading)
-                    is_recorded = True
+                if left:
+                    await self._record(left, reading)
                     COMMIT.observe(time.monotonic() - began)
                 if reading.canary is not None:
-                    await self._mark_path_fresh(reading.canary)
+                    await self._mark_path_fresh(*reading.canary)
             except RegistryUnavailable as error:
                 if trouble != str(error):
                     trouble = str(error)
@@ -307,37 +252,43 @@ class Ingest:
                     )
                 return
 
-    async def _record(self, reading: _Reading) -> None:
-        receipts = reading.receipts()
-        try:
-            await self._report(await self._registry.record(receipts), len(receipts))
-        except RowRefused:
-            for receipt in receipts:
-                await self._record_alone(receipt, reading)
+    async def _record(self, left: list[Receipt], reading: Reading) -> None:
+        """Record what is left of a batch, and take away from it what is recorded.
 
-    async def _record_alone(self, receipt: Receipt, reading: _Reading) -> None:
+        An array of a relay holds up to a thousand heartbeats, so it may be more than a statement.
+        """
+        while left:
+            receipts = left[: self._batch_size]
+            try:
+                await self._report(await self._registry.record(receipts), len(receipts))
+            except RowRefused:
+                for receipt in receipts:
+                    await self._record_alone(receipt, reading)
+            del left[: self._batch_size]
+
+    async def _record_alone(self, receipt: Receipt, reading: Reading) -> None:
         try:
             await self._report(await self._registry.record([receipt]), 1)
         except RowRefused as error:
             DEAD_LETTERED.inc()
-            update, delivery = reading.newest.pop(receipt.update.agent_id)
-            refusal = Refusal(encode(update), f"the database refused it: {error}")
-            reading.refuse(delivery.message, [refusal])
+            _, delivery = reading.newest[receipt.update.agent_id]
+            refusal = Refusal(encode(receipt.update), f"the database refused it: {error}")
+            reading.refuse(delivery, [refusal])
 
-    async def _mark_path_fresh(self, canary: _Delivery) -> None:
+    async def _mark_path_fresh(self, canary: Delivery, received: float) -> None:
         published = self._published(canary)
-        delay = None if published is None else max(canary.received - published, 0.0)
-        await self._registry.mark_path_fresh(canary.received, delay)
+        delay = None if published is None else max(received - published, 0.0)
+        await self._registry.mark_path_fresh(received, delay)
         CANARIES.inc()
         if published is not None:
             PATH.observe(max(time.monotonic() - published, 0.0))
 
-    def _published(self, canary: _Delivery) -> float | None:
+    def _published(self, canary: Delivery) -> float | None:
         """Return when one of our own canaries was published; ``None`` for another's."""
-        if canary.message.routing_key != self._canary_key:
+        if canary.routing_key != self._canary_key:
             return None
         try:
-            return float(json.loads(canary.message.body)["published"])
+            return float(json.loads(canary.body)["published"])
         except (ValueError, KeyError, TypeError):
             return None
 
@@ -355,7 +306,7 @@ class Ingest:
             await self._registry.count_lower_incarnations([one.agent_id for one in lower])
             self._rivals.tell(lower)
 
-    async def _set_aside(self, reading: _Reading) -> set[int]:
+    async def _set_aside(self, reading: Reading, consumer: Consumer | None) -> set[int]:
         """Publish what was refused to the dead letters, each with its reason.
 
         If one is not confirmed in time, the broker is told to set that message and the rest of
@@ -366,65 +317,26 @@ class Ingest:
             The delivery tags that were rejected, and so are not to be acknowledged.
         """
         rejected: set[int] = set()
-        for tag, (message, refusals) in reading.refused.items():
-            key, reason = message.routing_key, refusals[0].reason
+        for tag, (delivery, refusals) in reading.refused.items():
+            key, reason = delivery.routing_key, refusals[0].reason
             log.warning("set aside %d of a message with key %r: %s", len(refusals), key, reason)
             if not rejected:
                 try:
                     await asyncio.gather(
-                        *(self._dead_letters.set_aside(message, one) for one in refusals)
+                        *(self._dead_letters.set_aside(delivery, one) for one in refusals)
                     )
                     continue
                 except BusUnavailable as error:
                     log.warning("dead letters are not confirmed (%s): rejecting", error)
-            await self._reject(message)
+            if consumer is not None and consumer is self._consumer:
+                consumer.reject(tag)  # else it is delivered, and refused, again
             rejected.add(tag)
         return rejected
 
-    async def _reject(self, message: DeliveredMessage) -> None:
-        if message.channel is self._channel:  # else it is delivered, and refused, again
-            try:
-                await reject(message)
-            except BusUnavailable as error:
-                log.debug("%s", error)
 
-    async def _acknowledge(self, last: DeliveredMessage) -> None:
-        if last.channel is not self._channel:
-            return  # its connection is gone: it is delivered again, and changes nothing
-        try:
-            await acknowledge(last, multiple=True)
-            self._works()
-        except BusUnavailable as error:
-            log.debug("%s", error)
-
-
-def _held_before(message: DeliveredMessage) -> float:
-    """Return for how many seconds a replayed message had been set aside; 0 for any other."""
-    held = (message.header.properties.headers or {}).get(HELD_HEADER)
-    # Bounded, as anybody may write it, and the database has no such interval.
-    return min(max(held / 1_000, 0.0), LONGEST_HELD_SECONDS) if isinstance(held, int) else 0.0
-
-
-def _read(batch: Sequence[_Delivery]) -> _Reading:
-    reading = _Reading()
-    for delivery in batch:
-        message = delivery.message
-        kind = message.header.properties.message_type
-        if kind == CANARY:
-            reading.canary = delivery
-            continue
-        try:
-            problem = undecodable(message.header)
-            if problem is not None:
-                raise BadMessage(problem)
-            if kind != STATUS_UPDATE:
-                raise BadMessage(f"type {str(kind)[:64]!r} is not {STATUS_UPDATE}")
-            updates, refusals = decode_heartbeats(message.body, message.routing_key or "")
-        except BadMessage as error:
-            reading.refuse(message, [Refusal(message.body, str(error))])
-            continue
-        for update in updates:
-            reading.add(update, delivery)
-        if refusals:
-            reading.refuse(message, refusals)
-    return reading
+def _count(reading: Reading) -> None:
+    """Count what was received, and what needs no database."""
+    refused = reading.refusals
+    RECEIVED.inc(reading.heartbeats + refused)
+    DEAD_LETTERED.inc(refused)
+    SUPERSEDED.inc(reading.heartbeats - len(reading.newest))

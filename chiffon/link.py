@@ -11,18 +11,21 @@ import logging
 import random
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Self
+from typing import Any, Generic, Self
+
+from typing_extensions import TypeVar
 
 from chiffon import liveness
 from chiffon.errors import BusRefused, BusUnavailable, TopologyMissing
-from chiffon.session import Session, dial, hosts, translated
+from chiffon.session import Connection, Session, hosts, translated
+from chiffon.session import dial as dial_session
 
 log = logging.getLogger(__name__)
 
-Prepare = Callable[[Session], Awaitable[None]]
+C = TypeVar("C", bound=Connection, default=Session)
 
 
-class Link:
+class Link(Generic[C]):
     """One AMQP connection that is kept alive for as long as the context is open.
 
     Args:
@@ -32,6 +35,8 @@ class Link:
         redial_cap_seconds: The longest pause between two dials.
         stop_if_refused: Whether a broker that refuses us before we were ever let in ends the
             link with ``BusRefused``. Later refusals never do: somebody is mending the broker.
+        dial: Opens a connection to a URL with one host, under a name; ``session.dial`` if not
+            given.
     """
 
     def __init__(
@@ -39,21 +44,23 @@ class Link:
         url: str,
         *,
         name: str,
-        prepare: Prepare | None = None,
+        prepare: Callable[[C], Awaitable[None]] | None = None,
         redial_cap_seconds: float = 5.0,
         stop_if_refused: bool = False,
+        dial: Callable[[str, str], Awaitable[C]] | None = None,
     ) -> None:
         self.trouble = "not connected yet"
         self.connections_made = 0
         self._urls = hosts(url)
         self._name = name
         self._prepare = prepare
+        self._dial: Callable[[str, str], Awaitable[Any]] = dial or dial_session
         self._cap = redial_cap_seconds
         self._stop_if_refused = stop_if_refused
         self._attempt = 0
         self._last_error: BusUnavailable | None = None
         self._closing: set[asyncio.Task[None]] = set()
-        self._ready: asyncio.Future[Session]
+        self._ready: asyncio.Future[C]
         self._task: asyncio.Task[None]
 
     async def __aenter__(self) -> Self:
@@ -69,7 +76,7 @@ class Link:
             await asyncio.wait(self._closing)
         self._ready.cancel()
 
-    async def session(self) -> Session:
+    async def session(self) -> C:
         """Return the live session, waiting for one as long as it takes.
 
         Raises:
@@ -78,7 +85,7 @@ class Link:
         return await asyncio.shield(self._ready)
 
     @property
-    def current(self) -> Session | None:
+    def current(self) -> C | None:
         """The live session, ``None`` while there is none."""
         is_up = self._ready.done() and not self._ready.cancelled() and not self._ready.exception()
         return self._ready.result() if is_up else None
@@ -110,7 +117,7 @@ class Link:
             self._attempt += 1
             await asyncio.sleep(delay)
 
-    async def _serve(self, session: Session) -> None:
+    async def _serve(self, session: C) -> None:
         """Hand the session out until it is lost."""
         self._stop_if_refused = False
         self._last_error = None
@@ -123,7 +130,7 @@ class Link:
         self.trouble = await asyncio.shield(session.lost)
         log.warning("lost the broker at %s: %s", session.where, self.trouble)
 
-    def _close_aside(self, session: Session) -> None:
+    def _close_aside(self, session: C) -> None:
         # A dead peer takes seconds to close, which the next dial need not wait for.
         session.drop("closed by us")
         closing = asyncio.create_task(session.close(), name=f"closing {self._name}")
@@ -134,11 +141,11 @@ class Link:
         # At the moment of the loss, so that nobody is handed the session that was just lost.
         self._ready = asyncio.get_running_loop().create_future()
 
-    async def _dial_and_prepare(self, url: str) -> Session | None:
-        session: Session | None = None
+    async def _dial_and_prepare(self, url: str) -> C | None:
+        session: C | None = None
         try:
             with translated("dialling"):
-                session = await dial(url, self._name)
+                session = await self._dial(url, self._name)
                 session.works = self.works
                 if self._prepare is not None:
                     await self._prepare(session)

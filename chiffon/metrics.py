@@ -6,6 +6,7 @@ base units with their suffix, ``_total``, ``_info``, ``_timestamp_seconds``.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -43,7 +44,7 @@ class _Given(Collector):
         return self._found
 
 
-def connections(links: Mapping[str, Link]) -> Read:
+def connections(links: Mapping[str, Link[Any]]) -> Read:
     """Return what tells how often connections were made, by what each is for."""
 
     async def read() -> list[Metric]:

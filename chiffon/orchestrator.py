@@ -13,10 +13,11 @@ from contextlib import AsyncExitStack
 from typing import Any
 from uuid import uuid4
 
-from chiffon import fleet_metrics, health, metrics, migrations
+from chiffon import consumer, fleet_metrics, health, metrics, migrations
 from chiffon.bus import Publisher
 from chiffon.capacity import OrchestratorService
 from chiffon.closings import Closings
+from chiffon.consumer import Consumer
 from chiffon.dead_letters import DeadLetters
 from chiffon.errors import BusUnavailable
 from chiffon.events import Events
@@ -97,17 +98,27 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
             reply_forms=settings.reply_forms,
         )
 
-        async def consume(session: Session) -> None:
+        async def answer(session: Session) -> None:
             await declare()  # again: the broker may have come back empty
-            # The responder first: if it cannot attach, no heartbeat has been delivered in vain.
             await responder.attach(session)
-            await ingest.attach(session)
 
+        async def consume(to: Consumer) -> None:
+            await declare()
+            await ingest.attach(to)
+
+        questions = await stack.enter_async_context(
+            Link(amqp_url, name=f"{name} listens", prepare=answer)
+        )
         consuming = await stack.enter_async_context(
-            Link(amqp_url, name=f"{name} consumes", prepare=consume)
+            Link(amqp_url, name=f"{name} consumes", prepare=consume, dial=consumer.dial)
         )
         if settings.metrics_port is not None:
-            links = {"consume": consuming, "publish": outgoing, "answer": answers}
+            links: Mapping[str, Link[Any]] = {
+                "consume": consuming,
+                "publish": outgoing,
+                "listen": questions,
+                "answer": answers,
+            }
             pages = _pages(registry, ingest, links)
             port = await stack.enter_async_context(
                 exposing(settings.metrics_host, settings.metrics_port, pages)
@@ -145,7 +156,7 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
 
 
 def _pages(
-    registry: Registry, ingest: Ingest, links: Mapping[str, Link]
+    registry: Registry, ingest: Ingest, links: Mapping[str, Link[Any]]
 ) -> dict[str, Callable[[bool], Awaitable[Page]]]:
     async def consumes() -> None:
         if not ingest.is_attached:

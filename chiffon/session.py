@@ -70,26 +70,47 @@ def hosts(url: str) -> list[str]:
     return urls
 
 
-class Session:
-    """One open connection, until it is lost. Made by ``dial``."""
+def place(url: str) -> str:
+    """Return the host and port of a URL with one host."""
+    parts = urlsplit(url)
+    return f"{parts.hostname}:{parts.port or (5671 if parts.scheme == 'amqps' else 5672)}"
 
-    def __init__(self, connection: aio_pika.abc.AbstractConnection, where: str) -> None:
+
+class Connection:
+    """A connection to the broker that is open until it is lost, once and for one reason.
+
+    Args:
+        where: Host and port, for people.
+    """
+
+    def __init__(self, where: str) -> None:
         self.where = where
         self.on_lost: Callable[[], None] = lambda: None
         self.works: Callable[[], None] = lambda: None
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._connection = connection
-        self._discarded: set[Channel] = set()
-        connection.close_callbacks.add(self._on_close)
-
-    def _on_close(self, _: Any, error: BaseException | None) -> None:
-        self.drop(_describe(error))
 
     def drop(self, reason: str) -> None:
         """Give this connection up; its ``Link`` closes it and dials again."""
         if not self.lost.done():
             self.lost.set_result(reason)
             self.on_lost()
+
+    async def close(self) -> None:
+        """Close the connection; a peer that does not answer is left to itself after 3 s."""
+        raise NotImplementedError
+
+
+class Session(Connection):
+    """A connection for whatever the library can do. Made by ``dial``."""
+
+    def __init__(self, connection: aio_pika.abc.AbstractConnection, where: str) -> None:
+        super().__init__(where)
+        self._connection = connection
+        self._discarded: set[Channel] = set()
+        connection.close_callbacks.add(self._on_close)
+
+    def _on_close(self, _: Any, error: BaseException | None) -> None:
+        self.drop(_describe(error))
 
     @property
     def is_blocked(self) -> bool:
@@ -157,8 +178,7 @@ class Session:
         else:
             self.drop(_describe(error))
 
-    async def close(self) -> None:
-        """Close the connection; a peer that does not answer is left to itself after 3 s."""
+    async def close(self) -> None:  # noqa: D102
         self.drop("closed by us")
         # The library shrugs off one cancellation, so it is not waited for with a timeout.
         closing = asyncio.ensure_future(self._connection.close())
@@ -181,8 +201,7 @@ async def dial(url: str, name: str) -> Session:
         BusUnavailable: Nothing answers there within 3 s, what answers is not a broker, or it does
             not open the virtual host.
     """
-    parts = urlsplit(url)
-    where = f"{parts.hostname}:{parts.port or (5671 if parts.scheme == 'amqps' else 5672)}"
+    parts, where = urlsplit(url), place(url)
     target = url if "heartbeat=" in parts.query else _with_query(url, HEARTBEAT_SECONDS)
     # `aio_pika.connect` would leave a half-open connection to the garbage collector.
     connection = aio_pika.Connection(URL(target), client_properties={"connection_name": name})

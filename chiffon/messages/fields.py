@@ -4,7 +4,15 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+)
+from pydantic_core import core_schema
 
 MAX_INTEGER = 2**53 - 1
 """The largest whole number that every JSON reader keeps exact."""
@@ -42,14 +50,25 @@ def _within_an_era(value: datetime) -> datetime:
     raise ValueError("must be between the years 1970 and 9000")
 
 
-# Strict everywhere but for the two types that JSON can only write as strings.
-Uuid = Annotated[UUID, BeforeValidator(_only_text), Field(strict=False)]
-Time = Annotated[
-    AwareDatetime,
-    BeforeValidator(_only_text),
-    AfterValidator(_within_an_era),
-    Field(strict=False),
-]
+class _FromText:
+    """Strict everywhere but for the two types that JSON can only write as strings.
+
+    pydantic's own reader of JSON knows them; Python values that come from elsewhere may be text.
+    """
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        schema = handler(source)
+        lax: Any = {**schema, "strict": False}
+        return core_schema.json_or_python_schema(
+            json_schema=schema,
+            python_schema=core_schema.no_info_before_validator_function(_only_text, lax),
+        )
+
+
+Uuid = Annotated[UUID, _FromText()]
+Time = Annotated[AwareDatetime, _FromText(), AfterValidator(_within_an_era)]
 # A word is one word of a routing key.
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 # Text for people may hold anything that is printed as itself: no C0, C1 or DEL, no line or

@@ -1,6 +1,6 @@
 """The heartbeat: who speaks, in which order, until when it speaks again, and what its host has."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -120,28 +120,33 @@ class ResourceMetrics(Message):
         exclude_if=absent_if_empty,
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _complete(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        if data.get("gpu_type") == "none":
-            known = {key: 0.0 for key in _VRAM if data.get(key) is None}
-            return {**data, **known}
-        if "gpu_vram_max_available_gb" not in data:
-            return {**data, "gpu_vram_max_available_gb": _most_on_one_gpu(data)}
-        return data
-
     @model_validator(mode="after")
-    def _fits(self) -> "ResourceMetrics":
+    def _complete(self) -> "ResourceMetrics":
+        known: dict[str, float | None] = {}
+        if self.gpu_type == "none":
+            known = {key: 0.0 for key in _VRAM if getattr(self, key) is None}
+            if any(getattr(self, key) for key in _VRAM):
+                raise ValueError('gpu_type is "none" but there is VRAM')
+        elif "gpu_vram_max_available_gb" not in self.model_fields_set:
+            known = {"gpu_vram_max_available_gb": self._most_on_one_gpu()}
+        # The message is frozen for everybody else: it is not made yet.
+        self.__dict__.update(known)
         _at_most(self, "gpu_vram_available_gb", "gpu_vram_total_gb")
         _at_most(self, "gpu_vram_max_available_gb", "gpu_vram_available_gb")
         _at_most(self, "gpu_vram_max_available_gb", "gpu_vram_total_gb")
-        if self.gpu_type == "none" and any(getattr(self, key) for key in _VRAM):
-            raise ValueError('gpu_type is "none" but there is VRAM')
-        if len({gpu.index for gpu in self.gpus}) != len(self.gpus):
+        if self.gpus and len({gpu.index for gpu in self.gpus}) != len(self.gpus):
             raise ValueError("gpus: two have the same index")
         return self
+
+    def _most_on_one_gpu(self) -> float | None:
+        """Return what an agent that does not say so has available on one; ``None`` if unknown."""
+        scalar = self.gpu_vram_available_gb
+        if scalar is None or len(self.gpus) < 2:
+            return scalar
+        said = [gpu.vram_available_gb for gpu in self.gpus]
+        # A card with more than the scalar is another vendor's, unless it is a matter of rounding.
+        own = [one for one in said if one is not None and one <= scalar + 0.1]
+        return min(max(own), scalar) if own else None
 
 
 _VRAM = ("gpu_vram_total_gb", "gpu_vram_available_gb", "gpu_vram_max_available_gb")
@@ -190,25 +195,6 @@ class StatusUpdate(Message):
     def is_farewell(self) -> bool:
         """Whether the agent says that it stops."""
         return self.status == "offline"
-
-
-def _most_on_one_gpu(data: dict[str, Any]) -> Any:
-    """Return what an agent that does not say so has available on one GPU; ``None`` if unknown.
-
-    ``data`` has not been checked yet: what does not fit is left for the checks to name.
-    """
-    scalar, gpus = data.get("gpu_vram_available_gb"), data.get("gpus")
-    if not isinstance(gpus, list) or len(gpus) < 2 or not isinstance(scalar, int | float):
-        return scalar
-    said = [
-        gpu.get("vram_available_gb")
-        if isinstance(gpu, dict)
-        else getattr(gpu, "vram_available_gb", None)
-        for gpu in gpus
-    ]
-    # A card with more than the scalar is another vendor's, unless it is a matter of rounding.
-    own = [one for one in said if isinstance(one, int | float) and 0 <= one <= scalar + 0.1]
-    return min(max(own), scalar) if own else None
 
 
 def _at_most(message: BaseModel, available: str, total: str) -> None:

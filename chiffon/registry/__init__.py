@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
@@ -17,7 +18,7 @@ from asyncpg.pool import PoolConnectionProxy
 
 from chiffon import liveness
 from chiffon.errors import TablesMissing
-from chiffon.messages import CapacityQuery, CapacityReserve, StatusUpdate
+from chiffon.messages import CapacityQuery, CapacityReserve, ResourceMetrics, StatusUpdate
 from chiffon.registry.connection import ANSWER_SECONDS, answering, asyncpg_url
 from chiffon.registry.offers import EXPLAIN, FIND, RULES, asked, taken
 from chiffon.registry.rows import (
@@ -129,9 +130,7 @@ class Registry:
             return Recorded([], [])
         async with self._connection() as connection:
             await self._prepare_on(connection)
-            now = time.monotonic()
-            columns = zip(*(_columns(receipt, now) for receipt in batch), strict=True)
-            rows = await connection.fetch(RECORD, *(list(column) for column in columns))
+            rows = await connection.fetch(RECORD, *_columns(batch, time.monotonic()))
         updates = {receipt.update.agent_id: receipt.update for receipt in batch}
         return Recorded(
             [
@@ -359,24 +358,30 @@ class Registry:
             return await connection.fetch(statement, *arguments)
 
 
-def _columns(receipt: Receipt, now: float) -> tuple[Any, ...]:
-    update = receipt.update
+def _columns(batch: Sequence[Receipt], now: float) -> tuple[list[Any], ...]:
+    updates = [receipt.update for receipt in batch]
+    to_json = ResourceMetrics.__pydantic_serializer__.to_json
     return (
-        update.agent_id,
-        update.agent_type,
-        update.pool_name,
-        json.dumps(update.capabilities),
-        update.status,
-        update.hostname,
-        update.agent_version,
-        update.incarnation,
-        update.sequence,
-        update.sent_at,
-        update.interval_seconds,
-        liveness.lease(update.interval_seconds),
-        now - receipt.received,
-        update.resources.model_dump_json() if update.resources is not None else None,
+        [one.agent_id for one in updates],
+        [one.agent_type for one in updates],
+        [one.pool_name for one in updates],
+        [_words(tuple(one.capabilities)) for one in updates],
+        [one.status for one in updates],
+        [one.hostname for one in updates],
+        [one.agent_version for one in updates],
+        [one.incarnation for one in updates],
+        [one.sequence for one in updates],
+        [one.sent_at for one in updates],
+        [one.interval_seconds for one in updates],
+        [liveness.lease(one.interval_seconds) for one in updates],
+        [now - receipt.received for receipt in batch],
+        [None if one.resources is None else to_json(one.resources).decode() for one in updates],
     )
+
+
+@lru_cache(maxsize=1_024)
+def _words(capabilities: tuple[str, ...]) -> str:
+    return json.dumps(capabilities)
 
 
 def _transition(update: StatusUpdate) -> Transition:

@@ -89,7 +89,7 @@ async def test_a_replay_after_the_cause_is_mended_is_recorded_and_may_be_repeate
     async with orchestrating(broker, database_url):
         updates = await refused(broker, 2)
         # Mended: the type is understood now.
-        monkeypatch.setattr("chiffon.ingest.STATUS_UPDATE", "wrong.v1")
+        monkeypatch.setattr("chiffon.reading.STATUS_UPDATE", "wrong.v1")
         done = await letters("replay", "--all")
         assert done.stderr == "replayed 2 dead letters\n"
 

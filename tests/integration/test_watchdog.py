@@ -34,9 +34,8 @@ def ingests(monkeypatch: pytest.MonkeyPatch) -> list[Ingest]:
 
 async def deafen(ingest: Ingest) -> None:
     """End the consumer at the broker, and let ingest believe that it is still there."""
-    assert ingest._channel is not None
-    assert ingest._consumer_tag is not None
-    await ingest._channel.basic_cancel(ingest._consumer_tag)
+    assert ingest._consumer is not None
+    await ingest._consumer.cancel()
     assert ingest.is_attached
 
 
