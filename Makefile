@@ -55,6 +55,9 @@ lock: ## Pin the newest packages that pyproject.toml allows (needs uv)
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-annotate --no-header --extra embedded -c requirements/dev.txt pyproject.toml \
 	  -o requirements/embedded.txt
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-annotate --no-header --extra bench -c requirements/dev.txt pyproject.toml \
+	  -o requirements/bench.txt
 
 clean: ## Remove .venv and caches; the state folder stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

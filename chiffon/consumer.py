@@ -51,7 +51,6 @@ class Consumer(Connection, asyncio.Protocol):
 
     def __init__(self, where: str) -> None:
         super().__init__(where)
-        self.is_blocked = False
         self._frames = Frames(CHANNEL)
         self._transport: asyncio.Transport | None = None
         self._answer: asyncio.Future[Any] | None = None
@@ -155,10 +154,8 @@ class Consumer(Connection, asyncio.Protocol):
             self._fail(self._refused(method.reply_code, method.reply_text))
         elif isinstance(method, Basic.Cancel):
             self._fail(BusUnavailable("the broker cancelled the consumer: its queue is gone"))
-        elif isinstance(method, Amqp.Blocked):
-            self.is_blocked = True
-        elif isinstance(method, Amqp.Unblocked):
-            self.is_blocked = False
+        elif isinstance(method, Amqp.Blocked | Amqp.Unblocked):
+            log.debug("an alarm stops publishers, or no more: acknowledgements are read as before")
         elif self._answer is not None and not self._answer.done():
             self._answer.set_result(method)
         else:

@@ -28,6 +28,9 @@ from chiffon.topology import INGEST
 
 log = logging.getLogger(__name__)
 
+AT_ONCE = 2
+"""Batches in work: while the database commits one, the next is encoded and sent."""
+
 FIRST_PAUSE_SECONDS = 0.05
 LONGEST_PAUSE_SECONDS = 2.0
 """Between two tries to commit while the database is away."""
@@ -106,7 +109,7 @@ class Ingest:
             alarm stops acknowledgements on a connection that publishes.
         canary_key: Of our own canaries, which tell how long messages are on their way.
         batch_size: Messages that are worth a commit at once, and the most rows of one statement.
-            Twice as many are prefetched: while some are committed, the next are read.
+            Three times as many are prefetched: while two are committed, the next is read.
         batch_seconds: How long a message may wait for others to share its commit.
     """
 
@@ -129,6 +132,7 @@ class Ingest:
         self._consumer: Consumer | None = None
         self._reading = Reading()
         self._in_work = 0
+        self._free = asyncio.Semaphore(AT_ONCE)
         self._heard = time.monotonic()
         self._arrived = asyncio.Event()
         self._full = asyncio.Event()
@@ -143,7 +147,7 @@ class Ingest:
         self._reading = Reading()
         self._consumer, self._heard = consumer, time.monotonic()
         await consumer.consume(
-            INGEST, prefetch=2 * self._batch_size, take=partial(self._take, consumer)
+            INGEST, prefetch=(AT_ONCE + 1) * self._batch_size, take=partial(self._take, consumer)
         )
         log.info("consuming %s", INGEST)
 
@@ -160,7 +164,7 @@ class Ingest:
     @property
     def has_room(self) -> bool:
         """Whether the broker may deliver more before we acknowledge."""
-        return self._reading.messages + self._in_work < 2 * self._batch_size
+        return self._reading.messages + self._in_work < (AT_ONCE + 1) * self._batch_size
 
     def drop(self, reason: str) -> None:
         """Give the connection up that consumes; another is dialled."""
@@ -178,19 +182,21 @@ class Ingest:
 
     async def run(self) -> None:
         """Commit and acknowledge batches until ``stop`` is called and all is committed."""
-        while True:
-            await self._arrived.wait()
-            if not self._stopping and not self._full.is_set():
-                await self._wait_for_more(self._reading.began + self._batch_seconds)
-            self._arrived.clear()
-            self._full.clear()
-            reading, self._reading = self._reading, Reading()
-            if reading.messages:
-                self._in_work = reading.messages
-                await self._finish(reading, self._consumer)
-                self._in_work = 0
-            if self._stopping and not self._reading.messages:
-                return
+        before: asyncio.Task[None] | None = None
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await self._arrived.wait()
+                if not self._stopping and not self._full.is_set():
+                    await self._wait_for_more(self._reading.began + self._batch_seconds)
+                await self._free.acquire()
+                self._arrived.clear()
+                self._full.clear()
+                reading, self._reading = self._reading, Reading()
+                self._in_work += reading.messages
+                before = group.create_task(self._finish(reading, self._consumer, before))
+                before.add_done_callback(lambda _: self._free.release())
+                if self._stopping and not self._reading.messages:
+                    return
 
     async def stop(self) -> None:
         """Take no more deliveries; ``run`` ends once what is here is committed."""
@@ -213,9 +219,20 @@ class Ingest:
         except TimeoutError:
             pass
 
-    async def _finish(self, reading: Reading, consumer: Consumer | None) -> None:
-        _count(reading)
-        await self._commit(reading)
+    async def _finish(
+        self, reading: Reading, consumer: Consumer | None, before: asyncio.Task[None] | None
+    ) -> None:
+        try:
+            _count(reading)
+            await self._commit(reading)
+            if before is not None:
+                await before  # acknowledging this one would acknowledge that one as well
+            await self._answer(reading, consumer)
+        finally:
+            self._in_work -= reading.messages
+
+    async def _answer(self, reading: Reading, consumer: Consumer | None) -> None:
+        """Set aside what was refused, and acknowledge the rest."""
         rejected = await self._set_aside(reading, consumer)
         if consumer is None or consumer is not self._consumer:
             return  # its connection is gone: they are delivered again, and change nothing
@@ -231,7 +248,6 @@ class Ingest:
         pause, began = FIRST_PAUSE_SECONDS, time.monotonic()
         trouble: str | None = None
         left = [receipt for receipt, _ in reading.newest.values()]
-        left.sort(key=lambda receipt: receipt.update.agent_id)
         while True:
             try:
                 if left:
@@ -271,7 +287,7 @@ class Ingest:
             await self._report(await self._registry.record([receipt]), 1)
         except RowRefused as error:
             DEAD_LETTERED.inc()
-            _, delivery = reading.newest[receipt.update.agent_id]
+            _, delivery = reading.newest[receipt.update.agent_id.int]
             refusal = Refusal(encode(receipt.update), f"the database refused it: {error}")
             reading.refuse(delivery, [refusal])
 

@@ -6,6 +6,7 @@ connection that publishes, acknowledgements included; answers have one of their 
 """
 
 import asyncio
+import gc
 import logging
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
@@ -48,6 +49,10 @@ async def run(settings: Settings) -> None:
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    # Ten times in a batch the collector would look through all that a batch holds, in vain: a
+    # third of the work on a heartbeat.
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
     await serve(settings, stopped)
 
 

@@ -117,7 +117,7 @@ class Registry:
         """Apply heartbeats: one statement, in effect when this returns.
 
         Args:
-            batch: In the order of ``agent_id``, each agent at most once.
+            batch: Each agent at most once.
 
         Returns:
             Those that were not applied: not newer than what the registry holds, or held here
@@ -131,14 +131,16 @@ class Registry:
         async with self._connection() as connection:
             await self._prepare_on(connection)
             rows = await connection.fetch(RECORD, *_columns(batch, time.monotonic()))
-        updates = {receipt.update.agent_id: receipt.update for receipt in batch}
+        changed = {row["agent_id"] for row in rows if row["is_changed"]}
         return Recorded(
             [
                 Stale(row["agent_id"], row["incarnation"], row["kept_incarnation"])
                 for row in rows
                 if row["is_stale"]
             ],
-            [_transition(updates[row["agent_id"]]) for row in rows if row["is_changed"]],
+            [_transition(one.update) for one in batch if one.update.agent_id in changed]
+            if changed
+            else [],
         )
 
     async def _prepare_on(self, connection: "PoolConnectionProxy[asyncpg.Record]") -> None:

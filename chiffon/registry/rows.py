@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import asyncpg
@@ -21,8 +21,7 @@ def document(text: str) -> Any:
     return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 400 else math.inf)
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(NamedTuple):
     """A heartbeat, and when this process received it: seconds of ``time.monotonic``."""
 
     update: StatusUpdate

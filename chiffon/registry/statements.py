@@ -48,8 +48,11 @@ WITH batch AS MATERIALIZED (
   RETURNING agent_id, status_changed_at = now() AS is_changed
 )
 SELECT b.agent_id, coalesce(a.is_changed, false) AS is_changed, a.agent_id IS NULL AS is_stale,
-       b.incarnation, r.incarnation AS kept_incarnation
-  FROM batch b LEFT JOIN applied a USING (agent_id) LEFT JOIN agent_registry r USING (agent_id)
+       b.incarnation,
+       -- Not a join: that would look up every row, where a few are told of.
+       (SELECT r.incarnation FROM agent_registry r WHERE r.agent_id = b.agent_id)
+         AS kept_incarnation
+  FROM batch b LEFT JOIN applied a USING (agent_id)
  WHERE a.is_changed IS NOT FALSE
 """
 

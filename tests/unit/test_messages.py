@@ -320,6 +320,49 @@ def test_the_schema_is_valid_and_the_example_fits_it() -> None:
     assert not Draft202012Validator(heartbeat).is_valid({**BODY, "sequence": 0})
 
 
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["none", "NaN", AGENT, "1767225600", "2026-01-01T00:00:00"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+PLACES = [*((name,) for name in BODY), *(("resources", name) for name in BODY["resources"]), ("x",)]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(PLACES), st.none() | JSON), max_size=3),
+    st.booleans(),
+    st.sampled_from([KEY, KEY.upper(), "heartbeat.p.relay.r", KEY.replace("-", ""), "heartbeat.x"]),
+)
+def test_reading_in_one_go_takes_and_refuses_what_reading_in_steps_does(
+    changes: list[tuple[tuple[str, ...], Any]], is_array: bool, key: str
+) -> None:
+    body = json.loads(json.dumps(BODY))
+    for place, value in changes:
+        inner = body if len(place) == 1 else body.get("resources")
+        if isinstance(inner, dict):
+            inner[place[-1]] = value
+    encoded = json.dumps([body, body] if is_array else body).encode()
+
+    def outcome() -> Any:
+        try:
+            updates, refusals = decode_heartbeats(encoded, key)
+            return updates, list(refusals)
+        except BadMessage as error:
+            return str(error)
+
+    in_one_go = outcome()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("chiffon.encoding._plain_heartbeats", lambda *_: None)
+        in_steps = outcome()
+
+    assert in_one_go == in_steps
+
+
 @given(st.binary(max_size=300))
 def test_any_bytes_are_read_or_refused_and_nothing_else(body: bytes) -> None:
     with suppress(BadMessage):
