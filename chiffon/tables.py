@@ -102,6 +102,20 @@ def _computed(sql: str) -> Column[float]:
     return Column(Float, Computed(sql, persisted=True))
 
 
+_OFFERED = (
+    "status = 'online' AND metrics_sound AND last_heartbeat_at IS DISTINCT FROM lapsed_heartbeat_at"
+)
+
+
+def _best_first() -> tuple[Any, ...]:
+    return (
+        text("coalesce(room[1], free_vram_gb) DESC"),
+        text("coalesce(room[3], free_cores) DESC"),
+        text("performance_score DESC"),
+        "agent_id",
+    )
+
+
 class AgentRegistry(SQLModel, table=True):
     """The fleet: one row an agent, as its newest heartbeat has it.
 
@@ -111,7 +125,9 @@ class AgentRegistry(SQLModel, table=True):
     ``free_*`` columns and ``metrics_sound`` are computed from ``resource_metrics`` by PostgreSQL,
     so that rows which others write are found by the same index. ``held`` is what is reserved on
     the agent, by reservation; ``room`` is what that leaves of VRAM, VRAM on one GPU, cores and
-    memory. Both are NULL where nothing is reserved.
+    memory. Both are NULL where nothing is reserved. ``lapsed_heartbeat_at`` is the heartbeat by
+    which the row was found silent in an outage of its pool: until another comes, no question
+    steps over it.
     """
 
     __tablename__ = "agent_registry"
@@ -122,13 +138,13 @@ class AgentRegistry(SQLModel, table=True):
         # The specification asks for it; it serves containment, not the >= of a capacity query.
         Index("idx_agent_registry_resource_metrics", "resource_metrics", postgresql_using="gin"),
         # The order of the offers: a capacity query reads this index from its start and stops.
+        Index("idx_agent_registry_offers", *_best_first(), postgresql_where=text(_OFFERED)),
+        # The same of one pool, which may be few among very many.
         Index(
-            "idx_agent_registry_offers",
-            text("coalesce(room[1], free_vram_gb) DESC"),
-            text("coalesce(room[3], free_cores) DESC"),
-            text("performance_score DESC"),
-            "agent_id",
-            postgresql_where=text("status = 'online' AND metrics_sound"),
+            "idx_agent_registry_pool_offers",
+            "pool_name",
+            *_best_first(),
+            postgresql_where=text(_OFFERED),
         ),
         Index(
             "idx_agent_registry_malformed",
@@ -144,6 +160,7 @@ class AgentRegistry(SQLModel, table=True):
     capabilities: list[str] = Field(default_factory=list, sa_column=_document("'[]'"))
     status: str = Field(default="offline", sa_type=Text)
     last_heartbeat_at: datetime | None = Field(default=None, sa_column=_moment())
+    lapsed_heartbeat_at: datetime | None = Field(default=None, sa_column=_moment())
     resource_metrics: dict[str, Any] = Field(default_factory=dict, sa_column=_document("'{}'"))
     performance_score: float = Field(default=0.0, sa_column=_number("0"))
     hostname: str | None = Field(default=None, sa_type=Text)

@@ -1,6 +1,6 @@
 """The fleet as PostgreSQL has it. All SQL is here, and every time in it is the database's.
 
-Each method is one round trip, a sweep three. Statements that update several agents lock them in
+Each method is one round trip, a sweep four. Statements that update several agents lock them in
 the order of ``agent_id``, so any number of orchestrators may run them at once without a deadlock.
 """
 
@@ -39,6 +39,7 @@ from chiffon.registry.statements import (
     DRAIN,
     FORGET,
     FORGET_EMPTY_POOLS,
+    LAPSE,
     LIST,
     MARK_PATH_FRESH,
     MARK_SILENT,
@@ -68,6 +69,10 @@ __all__ = [
     "asyncpg_url",
     "document",
 ]
+
+
+LAPSE_AT_ONCE = 5_000
+"""Silent agents of an outage that one sweep takes out of the indexes: a fraction of a second."""
 
 
 class Registry:
@@ -209,6 +214,7 @@ class Registry:
             liveness.BURST_SECONDS,
             liveness.OUTAGE_OVER_SHARE,
         )
+        await self.fetch(LAPSE, LAPSE_AT_ONCE)
         return Swept(
             [
                 Transition(row[0], row[1], row[2], "offline", row[3])

@@ -64,6 +64,7 @@ def offered(asked: Mapping[str, str]) -> str:
     return " AND ".join(
         [
             "r.status = 'online' AND r.metrics_sound AND NOT r.drained",
+            "r.last_heartbeat_at IS DISTINCT FROM r.lapsed_heartbeat_at",
             FRESH,
             *needs(asked).values(),
             *scope(asked).values(),

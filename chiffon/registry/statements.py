@@ -135,6 +135,17 @@ UPDATE pool_state s SET thawed_at = statement_timestamp()
 RETURNING pool_name
 """
 
+# While a pool's transitions are held its silent agents stay online, and each question would step
+# over all that are better than those who speak. Some at a time, as each is a new version of a row.
+LAPSE = f"""
+UPDATE agent_registry r SET lapsed_heartbeat_at = r.last_heartbeat_at
+ WHERE r.agent_id IN (
+   SELECT r.agent_id FROM agent_registry r JOIN pool_state s USING (pool_name)
+    WHERE s.thawed_at IS NULL AND r.status = 'online' AND r.metrics_sound
+      AND r.last_heartbeat_at IS DISTINCT FROM r.lapsed_heartbeat_at AND NOT {FRESH}
+    ORDER BY r.agent_id LIMIT $1 FOR UPDATE OF r SKIP LOCKED)
+"""  # noqa: S608
+
 # One statement on one snapshot: who is silent, whether that is the outage of a pool, and whom to
 # mark. An agent whose connection closed ($4, $5 seconds ago) and which has said nothing since then
 # is as silent as one that let its lease pass. If its connections are known ($6) it has 1.5 s to

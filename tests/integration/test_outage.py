@@ -160,6 +160,35 @@ async def test_farewells_are_no_outage(registry: Registry, database: Connection)
     assert [one.agent_id for one in swept.transitions] == [agents[8]]
 
 
+async def test_those_silent_in_a_frozen_pool_leave_the_index_of_offers_until_they_speak(
+    registry: Registry, database: Connection
+) -> None:
+    desks, other = await fleet(registry, "desks", 10), await fleet(registry, "other", 2)
+    await silence(database, desks[:6], MARKED_AFTER + 1)
+    await silence(database, other[:1], LEASE + 1)
+
+    async def lapsed() -> set[UUID]:
+        rows = await database.fetch(
+            "SELECT agent_id FROM agent_registry WHERE last_heartbeat_at = lapsed_heartbeat_at"
+        )
+        return {row["agent_id"] for row in rows}
+
+    async def offered() -> set[UUID]:
+        answer = await OrchestratorService(registry).find(CapacityQuery(agent_type=None))
+        return {offer.agent_id for offer in answer.agents}
+
+    assert (await registry.mark_silent()).frozen == ["desks"]
+    assert await lapsed() == set(desks[:6])
+    assert await offered() == {*desks[6:], other[1]}
+
+    await speak(registry, desks[:1], 2, "desks")
+    # Somebody else's program may write to the table as well.
+    await silence(database, desks[1:2], 0)
+    await registry.mark_silent()
+    assert await lapsed() == set(desks[2:6])
+    assert await offered() == {*desks[:2], *desks[6:], other[1]}
+
+
 async def test_answers_about_a_frozen_pool_are_degraded_and_others_are_not(
     registry: Registry, database: Connection
 ) -> None:

@@ -23,7 +23,8 @@ PROPERTIES = st.builds(
     content_type=st.none() | SHORT,
     delivery_mode=st.none() | st.sampled_from([1, 2]),
     expiration=st.none() | st.just("15000"),
-    headers=st.none() | st.dictionaries(st.text(max_size=20), st.integers(0, 2**31 - 1) | SHORT, max_size=3),
+    headers=st.none()
+    | st.dictionaries(st.text(max_size=20), st.integers(0, 2**31 - 1) | SHORT, max_size=3),
     message_id=st.none() | SHORT,
 )
 EXCHANGES = st.from_regex(r"[A-Za-z0-9_.-]{0,60}", fullmatch=True)

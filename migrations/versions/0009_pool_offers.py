@@ -1,0 +1,58 @@
+"""Offers of one pool by an index of their own, and no index entries for those who fell silent.
+
+Of a pool of fifty among a million agents the index of all offers has to be read from end to end.
+And while a pool's transitions are held, its silent agents are still ``online``: if they were the
+best of the fleet, every question would step over each of them. ``lapsed_heartbeat_at`` is the
+heartbeat by which a row was found silent. Any other heartbeat brings the row back, whoever wrote
+it.
+"""
+
+from collections.abc import Sequence
+
+import sqlalchemy as sa
+from alembic import op
+
+revision: str = "0009"
+down_revision: str | None = "0008"
+branch_labels: str | Sequence[str] | None = None
+depends_on: str | Sequence[str] | None = None
+
+_BEST_FIRST = (
+    sa.text("coalesce(room[1], free_vram_gb) DESC"),
+    sa.text("coalesce(room[3], free_cores) DESC"),
+    sa.text("performance_score DESC"),
+    "agent_id",
+)
+_BEFORE = sa.text("status = 'online' AND metrics_sound")
+_OFFERED = sa.text(
+    "status = 'online' AND metrics_sound AND last_heartbeat_at IS DISTINCT FROM lapsed_heartbeat_at"
+)
+
+
+def upgrade() -> None:
+    op.add_column("agent_registry", sa.Column("lapsed_heartbeat_at", sa.DateTime(timezone=True)))
+    op.drop_index("idx_agent_registry_offers", table_name="agent_registry")
+    op.create_index(
+        "idx_agent_registry_offers",
+        "agent_registry",
+        [*_BEST_FIRST],
+        postgresql_where=_OFFERED,
+    )
+    op.create_index(
+        "idx_agent_registry_pool_offers",
+        "agent_registry",
+        ["pool_name", *_BEST_FIRST],
+        postgresql_where=_OFFERED,
+    )
+
+
+def downgrade() -> None:
+    op.drop_index("idx_agent_registry_pool_offers", table_name="agent_registry")
+    op.drop_index("idx_agent_registry_offers", table_name="agent_registry")
+    op.drop_column("agent_registry", "lapsed_heartbeat_at")
+    op.create_index(
+        "idx_agent_registry_offers",
+        "agent_registry",
+        [*_BEST_FIRST],
+        postgresql_where=_BEFORE,
+    )
