@@ -56,6 +56,7 @@ class Stage:
     management_url: str
     broker_pid: int
     database_pid: int
+    folder: str
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -106,6 +107,7 @@ async def staged() -> AsyncIterator[Stage]:
                 broker.management_url,
                 broker.child.process.pid,
                 database.child.process.pid,
+                name,
             )
             stage.versions.update(await _versions(stage))
             yield stage
@@ -255,6 +257,14 @@ def cpu_seconds(one: psutil.Process) -> float:
             continue
         total += times.user + times.system + times.children_user + times.children_system
     return total
+
+
+def percentiles(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """Return p50, p99 and p99.9 of what was measured."""
+    ordered = sorted(seconds)
+    return tuple(  # type: ignore[return-value]
+        ordered[min(int(len(ordered) * share), len(ordered) - 1)] for share in (0.5, 0.99, 0.999)
+    )
 
 
 def where(stage: Stage) -> str:

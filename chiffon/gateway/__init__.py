@@ -139,7 +139,9 @@ def _listen(host: str, port: int) -> socket.socket:
         family, *_, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
+        # The event loop turns Nagle's algorithm off only for sockets that say they are TCP: else
+        # each answer waits 40 ms for an acknowledgement of its head.
+        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     except OSError as error:
         raise BadConfiguration(f"CHIFFON_HTTP_HOST: {host}: {error.strerror}") from None
     try:

@@ -4,11 +4,10 @@ Each method is one round trip, a sweep four. Statements that update several agen
 the order of ``agent_id``, so any number of orchestrators may run them at once without a deadlock.
 """
 
-import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import lru_cache
 from typing import Any
 from uuid import UUID
@@ -19,8 +18,18 @@ from asyncpg.pool import PoolConnectionProxy
 from chiffon import liveness
 from chiffon.errors import TablesMissing
 from chiffon.messages import CapacityQuery, CapacityReserve, ResourceMetrics, StatusUpdate
-from chiffon.registry.connection import ANSWER_SECONDS, answering, asyncpg_url
-from chiffon.registry.offers import EXPLAIN, FIND, RULES, asked, taken
+from chiffon.registry.connection import ANSWER_SECONDS, answering, asyncpg_url, pool
+from chiffon.registry.offers import (
+    EXPLAIN,
+    FIND,
+    FIND_IN_ORDER,
+    FIND_IN_POOL,
+    IN_ORDER,
+    RULES,
+    asked,
+    has_rare_words,
+    taken,
+)
 from chiffon.registry.rows import (
     AgentRow,
     Closing,
@@ -82,8 +91,11 @@ class Registry:
     answer within 5 s, and ``RegistryRefused`` when it does not let us in.
     """
 
-    def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
+    def __init__(
+        self, pool: "asyncpg.Pool[asyncpg.Record]", in_order: "asyncpg.Pool[asyncpg.Record]"
+    ) -> None:
         self._pool = pool
+        self._in_order = in_order
         self._prepared_on: set[int] = set()
 
     @classmethod
@@ -93,30 +105,17 @@ class Registry:
 
         Args:
             url: ``postgresql://user:password@host/database``; ``+asyncpg`` is accepted.
-            connections: How many may be open at once.
+            connections: How many may be open at once, and as many again for offers.
 
         Raises:
             BadConfiguration: Not such a URL.
         """
-        with answering():
-            pool = await asyncpg.create_pool(
-                asyncpg_url(url),
-                min_size=0,
-                max_size=connections,
-                timeout=ANSWER_SECONDS,
-                command_timeout=ANSWER_SECONDS,
-                max_cached_statement_lifetime=0,
-                # Compiling the sweep took five times as long as running it, once a second.
-                server_settings={"application_name": "chiffon", "jit": "off"},
-            )
-        try:
-            yield cls(pool)
-        finally:
-            try:
-                async with asyncio.timeout(ANSWER_SECONDS):
-                    await pool.close()
-            except TimeoutError:
-                pool.terminate()
+        async with AsyncExitStack() as stack:
+            pools = [
+                await stack.enter_async_context(pool(url, connections, settings))
+                for settings in ({}, IN_ORDER)
+            ]
+            yield cls(*pools)
 
     async def record(self, batch: Sequence[Receipt]) -> Recorded:
         """Apply heartbeats: one statement, in effect when this returns.
@@ -232,7 +231,12 @@ class Registry:
             query: The needs.
             most: How many rows to return at most.
         """
-        rows = await self.fetch(FIND, *asked(query, most))
+        if has_rare_words(query):
+            rows = await self.fetch(FIND, *asked(query, most))
+        else:
+            statement = FIND_IN_ORDER if query.pool_name is None else FIND_IN_POOL
+            async with self._connection(self._in_order) as connection:
+                rows = await connection.fetch(statement, *asked(query, most))
         header = rows[0]
         return Found(
             as_of=header["as_of"],
@@ -355,9 +359,11 @@ class Registry:
         return rows[0]["version_num"] if rows else None
 
     @asynccontextmanager
-    async def _connection(self) -> AsyncIterator["PoolConnectionProxy[asyncpg.Record]"]:
+    async def _connection(
+        self, pool: "asyncpg.Pool[asyncpg.Record] | None" = None
+    ) -> AsyncIterator["PoolConnectionProxy[asyncpg.Record]"]:
         with answering():
-            async with self._pool.acquire(timeout=ANSWER_SECONDS) as connection:
+            async with (pool or self._pool).acquire(timeout=ANSWER_SECONDS) as connection:
                 yield connection
 
     async def fetch(self, statement: str, *arguments: Any) -> list[asyncpg.Record]:

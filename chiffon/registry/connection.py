@@ -1,7 +1,8 @@
 """How PostgreSQL is reached, and what it or its driver raises, in our words."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -74,3 +75,46 @@ def answering() -> Iterator[None]:
         asyncpg.InternalClientError,
     ) as error:
         raise RegistryUnavailable(f"the database failed us: {error}") from error
+
+
+@asynccontextmanager
+async def pool(
+    url: str, connections: int, settings: Mapping[str, str]
+) -> AsyncIterator["asyncpg.Pool[asyncpg.Record]"]:
+    """Open a pool; connections are made when they are needed.
+
+    Args:
+        url: As ``asyncpg_url`` takes it.
+        connections: How many may be open at once.
+        settings: PostgreSQL's, of each session.
+
+    Raises:
+        BadConfiguration: Not such a URL.
+    """
+    with answering():
+        opened = await asyncpg.create_pool(
+            asyncpg_url(url),
+            min_size=0,
+            max_size=connections,
+            timeout=ANSWER_SECONDS,
+            command_timeout=ANSWER_SECONDS,
+            max_cached_statement_lifetime=0,
+            reset=_leave,
+            # Compiling the sweep took five times as long as running it, once a second.
+            server_settings={"application_name": "chiffon", "jit": "off", **settings},
+        )
+    try:
+        yield opened
+    finally:
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await opened.close()
+        except TimeoutError:
+            opened.terminate()
+
+
+async def _leave(_: object) -> None:
+    """Give a connection back as it is: nothing here changes a session, and a reset is a round trip.
+
+    As long as most questions take.
+    """

@@ -59,15 +59,20 @@ def needs(asked: Mapping[str, str]) -> dict[str, str]:
     return {name: f"{free} >= {asked[name]}" for name, free in _FREE.items()}
 
 
-def offered(asked: Mapping[str, str]) -> str:
-    """Return the SQL of what an agent ``r`` must be to be offered, in the form an index serves."""
+def offered(asked: Mapping[str, str], rules: Mapping[str, str] | None = None) -> str:
+    """Return the SQL of what an agent ``r`` must be to be offered, in the form an index serves.
+
+    Args:
+        asked: The SQL of what is asked for, by the names of the fields of a query.
+        rules: The rules about who it is, if they are others than ``scope`` returns.
+    """
     return " AND ".join(
         [
             "r.status = 'online' AND r.metrics_sound AND NOT r.drained",
             "r.last_heartbeat_at IS DISTINCT FROM r.lapsed_heartbeat_at",
             FRESH,
             *needs(asked).values(),
-            *scope(asked).values(),
+            *(rules or scope(asked)).values(),
         ]
     )
 
@@ -96,7 +101,10 @@ def degraded(pool: str) -> str:
 OFFER = """r.agent_id, r.agent_type, r.pool_name, r.hostname, r.status, r.resource_metrics,
          r.performance_score, r.last_heartbeat_at, r.room"""
 
-FIND = f"""
+
+def _find(of_pool: str) -> str:
+    rules = {**scope(ASKED), "pool_name": of_pool}
+    return f"""
 WITH header AS (
   SELECT statement_timestamp() AS as_of,
          {degraded("$5")} AS degraded,
@@ -105,13 +113,33 @@ WITH header AS (
               ) AS malformed
 ), offers AS (
   SELECT {OFFER}, row_number() OVER (ORDER BY {BEST_FIRST}) AS place
-    FROM agent_registry r WHERE {offered(ASKED)} ORDER BY {BEST_FIRST} LIMIT $8
+    FROM agent_registry r WHERE {offered(ASKED, rules)} ORDER BY {BEST_FIRST} LIMIT $8
 )
 SELECT header.*, offers.*,
        extract(epoch FROM header.as_of - offers.last_heartbeat_at)::float8 AS age_seconds
   FROM header LEFT JOIN offers ON true
  ORDER BY place
 """  # noqa: S608
+
+
+FIND = _find(scope(ASKED)["pool_name"])
+# With plans that are made once, which takes half as long: in the order of an index, whatever is
+# asked. So each of the two indexes has a statement of its own.
+FIND_IN_ORDER = _find("$5::text IS NULL")
+FIND_IN_POOL = _find("r.pool_name = $5")
+IN_ORDER = {
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "enable_sort": "off",
+}
+"""Settings of a session for these: the planner does not know how few rows are asked for."""
+
+
+def has_rare_words(query: CapacityQuery) -> bool:
+    """Return whether few may have what is asked for: then reading in order may be the long way."""
+    return bool(query.capabilities) or query.gpu_type is not None
+
 
 # FIND offers who keeps all rules, EXPLAIN tells which of them somebody breaks. What a reservation
 # asks for beyond a query's amounts is looked at where nothing else is broken: it costs more.

@@ -1,0 +1,335 @@
+"""How long a planner waits for an answer, by the size of the fleet.
+
+    python -m benchmarks.capacity --agents 1000 10000 100000 1000000
+
+A private RabbitMQ and PostgreSQL and one orchestrator. Each question is asked by one caller and by
+32 at once, alone and while 2,000 heartbeats a second come, and once more with three quarters of
+the fleet silent. Beside it, in the same run and with the same client: a process that answers with
+the same bytes and does nothing else, the HTTP gateway, and a FastStream RPC over the same query.
+"""
+
+import argparse
+import asyncio
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import asyncpg
+import httpx
+
+from benchmarks.stage import Fleet, Stage, percentiles, process, publish, staged, where
+from chiffon.embedded.children import free_port
+from chiffon.encoding import encode
+from chiffon.errors import CapacityRefused
+from chiffon.messages import (
+    CapacityQuery,
+    CapacityReserve,
+    ReservationRelease,
+)
+from chiffon.planner import PlannerClient
+from chiffon.provisioning import ensure
+from chiffon.registry.offers import FIND, asked
+from chiffon.session import dial_any
+from tests.fixtures.servers import Management
+from tests.fixtures.waiting import until
+
+QUESTIONS = {
+    "no filter": CapacityQuery(limit=10),
+    "VRAM >= 40": CapacityQuery(min_gpu_vram_gb=40, limit=10),
+    "one pool of 50": CapacityQuery(pool_name="small", limit=10),
+    "cores that few have": CapacityQuery(min_cpu_cores=64, limit=10),
+}
+ALONE, MANY = 1, 32
+HEARTBEATS = 2_000
+
+# All is drawn by the database, from a seed: a million rows come in half a minute.
+FILL = """
+INSERT INTO agent_registry (agent_id, agent_type, pool_name, capabilities, status, hostname,
+                            agent_version, incarnation, sequence, last_heartbeat_at,
+                            lease_seconds, interval_seconds, resource_metrics)
+SELECT gen_random_uuid(), 'desktop', CASE WHEN n <= 50 THEN 'small' ELSE 'pool-' || n % 20 END,
+       '["gpu"]', 'online', 'rig-' || n, '0.1.0', 1, 1, now(), 1e6, 600,
+       jsonb_build_object(
+         'cpu_percent', round((random() * 100)::numeric, 1), 'cpu_cores_physical', 128,
+         'cpu_cores_available',
+         CASE WHEN random() < 0.005 THEN 100 ELSE (random() * 16)::int END,
+         'cpu_load_1min', 1.0, 'cpu_load_5min', 1.0, 'memory_percent', 10.0,
+         'memory_available_gb', round((random() * 64)::numeric, 2), 'gpu_vram_total_gb', 80.0,
+         'gpu_vram_available_gb', round((random() * 48)::numeric, 2), 'gpu_type', 'nvidia')
+  FROM generate_series($1::int, $2::int) n
+"""
+GIN = "idx_agent_registry_resource_metrics"
+SILENCE = """
+UPDATE agent_registry SET last_heartbeat_at = now() - interval '30 days' WHERE random() < 0.75
+"""
+# A future canary: nobody is marked offline, and nothing is degraded, while we measure.
+TRUST = """
+INSERT INTO ingest_path (fresh_at, fresh_since, grace_until)
+VALUES (now(), now(), now() - interval '1 day')
+ON CONFLICT (only_row) DO UPDATE SET fresh_since = now(), grace_until = excluded.grace_until
+"""
+
+Ask = Callable[[], Awaitable[object]]
+
+
+async def fill(database: "asyncpg.Connection[asyncpg.Record]", agents: int) -> None:
+    """Replace the registry by so many agents; the big index is made last, which is faster."""
+    definition = await database.fetchval(
+        "SELECT indexdef FROM pg_indexes WHERE indexname = $1", GIN
+    )
+    await database.execute(f"TRUNCATE agent_registry; DROP INDEX {GIN}")
+    await database.execute("SELECT setseed(0.5)")
+    for start in range(1, agents + 1, 100_000):
+        await database.execute(FILL, start, min(start + 99_999, agents))
+    await database.execute(definition)
+    await database.execute("VACUUM ANALYZE agent_registry")
+    await database.execute(TRUST)
+
+
+async def timed(ask: Ask, callers: int, seconds: float) -> list[float]:
+    """Let so many callers ask for a while; return how long each answer took, in seconds."""
+    took: list[float] = []
+    stop = time.monotonic() + seconds
+
+    async def one() -> None:
+        while (began := time.monotonic()) < stop:
+            await ask()
+            took.append(time.monotonic() - began)
+
+    for _ in range(5):
+        await ask()  # connections and plans
+    await asyncio.gather(*(one() for _ in range(callers)))
+    return took
+
+
+class Table:
+    """Prints each cell beside the echo of its number of callers."""
+
+    def __init__(self) -> None:
+        self.echo: dict[tuple[str, int], float] = {}
+
+    async def cell(
+        self, label: str, state: str, ask: Ask, callers: int, seconds: float, *, is_echo: bool
+    ) -> None:
+        """Ask for a while, and print how long it took."""
+        p50, p99, p999 = percentiles(await timed(ask, callers, seconds))
+        if is_echo:
+            self.echo[state, callers] = p50
+        beside = f"{p50 / self.echo[state, callers]:>8.2f} x" if self.echo else ""
+        print(
+            f"  {state:<10}{label:<34}{callers:>4}{p50 * 1e3:>9.2f}{p99 * 1e3:>9.2f}"
+            f"{p999 * 1e3:>9.2f} ms{p99 / p50:>7.1f}{beside}",
+            flush=True,
+        )
+
+
+@asynccontextmanager
+async def answering(stage: Stage, stack: AsyncExitStack) -> AsyncIterator[dict[str, Ask]]:
+    """Start everybody who answers; provide how each is asked, the echo first."""
+    folder = Path(stage.folder)
+    stack.enter_context(process((sys.executable, "-m", "chiffon", "orchestrator", "run"), stage))
+    planner = await stack.enter_async_context(PlannerClient.open(stage.amqp_url))
+    question = QUESTIONS["no filter"]
+    sample = await _first_answer(planner, question)
+    (folder / "answer.json").write_bytes(encode(sample))
+    aside = await _aside(stage)
+    stack.enter_context(
+        process(
+            (sys.executable, "-m", "benchmarks.contenders.echo_responder"),
+            aside,
+            ANSWER=str(folder / "answer.json"),
+        )
+    )
+    echo = await stack.enter_async_context(PlannerClient.open(aside.amqp_url))
+    await _first_answer(echo, question)
+    port = free_port()
+    stack.enter_context(
+        process(
+            (sys.executable, "-m", "chiffon", "gateway", "run"), stage, CHIFFON_HTTP_PORT=str(port)
+        )
+    )
+    http = await stack.enter_async_context(
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60)
+    )
+    asks: dict[str, Ask] = {"echo": lambda: echo.find(question, timeout=30)}
+    for label, query in QUESTIONS.items():
+        asks[f"find, {label}"] = _find(planner, query)
+    agent_id = sample.agents[0].agent_id
+    asks["show"] = lambda: planner.show(agent_id, timeout=30)
+    asks["reserve and release"] = lambda: reserve(planner)
+    asks["HTTP, no filter"] = lambda: _get(http, question)
+    faststream = await _faststream(stage, stack, question)
+    if faststream is not None:
+        asks["FastStream RPC, no filter"] = faststream
+    yield asks
+
+
+def _find(planner: PlannerClient, query: CapacityQuery) -> Ask:
+    return lambda: planner.find(query, timeout=30)
+
+
+async def _first_answer(planner: PlannerClient, query: CapacityQuery):  # type: ignore[no-untyped-def]
+    async def answer():  # type: ignore[no-untyped-def]
+        try:
+            return await planner.find(query, timeout=2)
+        except Exception:
+            return None
+
+    return await until(answer, "a first answer", 60)
+
+
+async def reserve(planner: PlannerClient) -> None:
+    """Take room and give it back."""
+    wanted = CapacityReserve(
+        holder="benchmark", idempotency_key=uuid4(), gpu_vram_gb=20.0, cpu_cores=1, memory_gb=1.0
+    )
+    try:
+        made = await planner.take(wanted, timeout=30)
+    except CapacityRefused as error:
+        raise AssertionError(f"there is room: {error}") from None
+    await planner.release(ReservationRelease(reservation_id=made.reservation_id), timeout=30)
+
+
+async def _get(http: httpx.AsyncClient, query: CapacityQuery) -> None:
+    answer = await http.get("/api/v1/agents/available-capacity", params={"limit": query.limit})
+    answer.raise_for_status()
+
+
+async def _aside(stage: Stage) -> Stage:
+    """Return the same broker with a virtual host of its own, for the echo."""
+    management = Management(stage.management_url)
+    management.call("PUT", "vhosts/echo", {})
+    user = stage.amqp_url.split("//")[1].split(":")[0]
+    rights = {"configure": ".*", "write": ".*", "read": ".*"}
+    management.call("PUT", f"permissions/echo/{user}", rights)
+    aside = replace(stage, amqp_url=stage.amqp_url.rpartition("/")[0] + "/echo")
+    await ensure(lambda: dial_any(aside.amqp_url, "benchmark declares"))
+    return aside
+
+
+async def _faststream(stage: Stage, stack: AsyncExitStack, query: CapacityQuery) -> Ask | None:
+    try:
+        from faststream.rabbit import RabbitBroker
+    except ImportError:
+        print("FastStream is not installed: left out", file=sys.stderr)
+        return None
+    stack.enter_context(
+        process((sys.executable, "-m", "benchmarks.contenders.faststream_rpc"), stage)
+    )
+    broker = await stack.enter_async_context(RabbitBroker(stage.amqp_url, logger=None))
+
+    async def ask() -> object:
+        return await broker.request(encode(query), "benchmark.capacity", timeout=30)
+
+    async def answer() -> object:
+        try:
+            return await broker.request(encode(query), "benchmark.capacity", timeout=2)
+        except Exception:
+            return None
+
+    await until(answer, "FastStream's first answer", 60)
+    return ask
+
+
+async def measure(
+    stage: Stage, agents: int, seconds: float, callers: list[int], *, is_loaded: bool, plans: bool
+) -> None:
+    """Fill the registry, and ask everybody."""
+    print(f"{agents} agents:{'':<36}callers      p50      p99    p99.9     p99/p50  beside echo")
+    async with stage.database() as database:
+        await fill(database, agents)
+        if plans:
+            await _print_plans(database)
+        async with AsyncExitStack() as stack, answering(stage, stack) as asks:
+            table = Table()
+            states = ["alone", *(["loaded"] if is_loaded else []), "silent"]
+            for state in states:
+                async with _state(stage, database, state, agents):
+                    for label, ask in asks.items():
+                        for count in callers:
+                            await table.cell(
+                                label, state, ask, count, seconds, is_echo=label == "echo"
+                            )
+
+
+@asynccontextmanager
+async def _state(
+    stage: Stage, database: "asyncpg.Connection[asyncpg.Record]", state: str, agents: int
+) -> AsyncIterator[None]:
+    if state == "silent":
+        await database.execute(SILENCE)
+        await database.execute("VACUUM ANALYZE agent_registry")
+    if state != "loaded":
+        yield
+        return
+    rows = await database.fetch("SELECT agent_id FROM agent_registry LIMIT 10000")
+    ids = "\n".join(str(row["agent_id"]) for row in rows)
+    listed = Path(stage.folder) / "ids"
+    listed.write_text(ids)
+    argv = (sys.executable, "-m", "benchmarks.capacity", "--publish", str(listed))
+    with process(argv, stage):
+        await asyncio.sleep(3)
+        yield
+
+
+async def speak(url: str, agent_ids: list[UUID]) -> None:
+    """Be a fleet for ever: 2,000 heartbeats a second."""
+    fleet = Fleet(1)
+    fleet.agent_ids = agent_ids
+    fleet.pools = [f"pool-{number % 20}" for number in range(len(fleet.agent_ids))]
+    await publish(url, fleet.heartbeats(), sys.maxsize, per_second=HEARTBEATS)
+
+
+async def _print_plans(database: "asyncpg.Connection[asyncpg.Record]") -> None:
+    await database.execute("SET jit = off")
+    for label, query in QUESTIONS.items():
+        print(f"  plan of find, {label}:")
+        rows = await database.fetch(
+            f"EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF, BUFFERS) {FIND}",
+            *asked(query, query.limit + 1),
+        )
+        for row in rows:
+            print(f"    {row[0][:150]}")
+
+
+async def run(given: argparse.Namespace) -> None:
+    """Measure each size of fleet on fresh servers."""
+    for agents in given.agents:
+        async with staged() as stage:
+            print(where(stage), flush=True)
+            await measure(
+                stage,
+                agents,
+                given.seconds,
+                given.callers,
+                is_loaded=not given.no_load,
+                plans=given.plans,
+            )
+
+
+def main() -> None:
+    """Read the command line, and measure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--agents", type=int, nargs="*", default=[1_000, 10_000, 100_000, 1_000_000]
+    )
+    parser.add_argument("--callers", type=int, nargs="*", default=[ALONE, MANY])
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each cell of the table")
+    parser.add_argument("--no-load", action="store_true", help="without heartbeats")
+    parser.add_argument("--plans", action="store_true", help="print the query plans as well")
+    parser.add_argument("--publish", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.publish:
+        ids = [UUID(line) for line in given.publish.read_text().split()]
+        asyncio.run(speak(os.environ["CHIFFON_AMQP_URL"], ids))
+        return
+    asyncio.run(run(given))
+
+
+if __name__ == "__main__":
+    main()
