@@ -146,6 +146,20 @@ class AgentRegistry(SQLModel, table=True):
             *_best_first(),
             postgresql_where=text(_OFFERED),
         ),
+        # The sweep looks for those whose lease is over, and for those who were marked lately.
+        Index(
+            "idx_agent_registry_lease",
+            text(
+                "((last_heartbeat_at AT TIME ZONE 'UTC'::text)"
+                " + lease_seconds * '00:00:01'::interval)"
+            ),
+            postgresql_where=text("status IN ('online', 'busy')"),
+        ),
+        Index(
+            "idx_agent_registry_marked",
+            "status_changed_at",
+            postgresql_where=text("status = 'offline'"),
+        ),
         Index(
             "idx_agent_registry_malformed",
             "agent_id",

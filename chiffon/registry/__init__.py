@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 from uuid import UUID
 
@@ -79,6 +79,9 @@ __all__ = [
     "document",
 ]
 
+
+SWEEP_SECONDS = 30.0
+"""For one statement of a sweep: most of a million agents that fall silent at once take a while."""
 
 LAPSE_AT_ONCE = 5_000
 """Silent agents of an outage that one sweep takes out of the indexes: a fraction of a second."""
@@ -198,22 +201,24 @@ class Registry:
         Returns:
             What changed; empty almost always.
         """
-        await self.fetch(SETTLE_GRACE)
-        thawed = await self.fetch(THAW, liveness.OUTAGE_OVER_SHARE)
-        rows = await self.fetch(
-            MARK_SILENT,
-            share,
-            liveness.OUTAGE_FEWEST,
-            hold_seconds,
-            [one.agent_id for one in closings],
-            [one.seconds_ago for one in closings],
-            [one.is_known for one in closings],
-            [one.is_open for one in closings],
-            liveness.BURST_SHARE,
-            liveness.BURST_SECONDS,
-            liveness.OUTAGE_OVER_SHARE,
-        )
-        await self.fetch(LAPSE, LAPSE_AT_ONCE)
+        async with self._connection() as connection:
+            sweep = partial(connection.fetch, timeout=SWEEP_SECONDS)
+            await sweep(SETTLE_GRACE)
+            thawed = await sweep(THAW, liveness.OUTAGE_OVER_SHARE)
+            rows = await sweep(
+                MARK_SILENT,
+                share,
+                liveness.OUTAGE_FEWEST,
+                hold_seconds,
+                [one.agent_id for one in closings],
+                [one.seconds_ago for one in closings],
+                [one.is_known for one in closings],
+                [one.is_open for one in closings],
+                liveness.BURST_SHARE,
+                liveness.BURST_SECONDS,
+                liveness.OUTAGE_OVER_SHARE,
+            )
+            await sweep(LAPSE, LAPSE_AT_ONCE)
         return Swept(
             [
                 Transition(row[0], row[1], row[2], "offline", row[3])

@@ -126,12 +126,15 @@ UPDATE pool_state s SET thawed_at = statement_timestamp()
  WHERE s.thawed_at IS NULL
    AND EXISTS (
      SELECT FROM ingest_path WHERE fresh_at > statement_timestamp() - interval '5 seconds')
-   AND coalesce((
-     SELECT avg((coalesce(r.last_heartbeat_at, '-infinity')
+   AND s.pool_name NOT IN (
+     SELECT r.pool_name FROM agent_registry r
+      WHERE r.status IN ('online', 'busy')
+        -- Of no pool that is not frozen, so that there is nothing to read if none is.
+        AND r.pool_name = ANY(ARRAY(SELECT pool_name FROM pool_state WHERE thawed_at IS NULL))
+      GROUP BY r.pool_name
+     HAVING avg((coalesce(r.last_heartbeat_at, '-infinity')
                  < statement_timestamp() - r.lease_seconds * interval '1 second')::int)
-       FROM agent_registry r
-      WHERE r.pool_name = s.pool_name AND r.status IN ('online', 'busy')
-   ), 0) < $1::float8
+            >= $1::float8)
 RETURNING pool_name
 """
 
@@ -142,9 +145,13 @@ UPDATE agent_registry r SET lapsed_heartbeat_at = r.last_heartbeat_at
  WHERE r.agent_id IN (
    SELECT r.agent_id FROM agent_registry r JOIN pool_state s USING (pool_name)
     WHERE s.thawed_at IS NULL AND r.status = 'online' AND r.metrics_sound
+      AND EXISTS (SELECT FROM pool_state WHERE thawed_at IS NULL)
       AND r.last_heartbeat_at IS DISTINCT FROM r.lapsed_heartbeat_at AND NOT {FRESH}
     ORDER BY r.agent_id LIMIT $1 FOR UPDATE OF r SKIP LOCKED)
 """  # noqa: S608
+
+# When an agent's lease ends, by its heartbeat: the expression of an index.
+LEASE_ENDS = "(r.last_heartbeat_at AT TIME ZONE 'UTC') + r.lease_seconds * interval '1 second'"
 
 # One statement on one snapshot: who is silent, whether that is the outage of a pool, and whom to
 # mark. An agent whose connection closed ($4, $5 seconds ago) and which has said nothing since then
@@ -154,30 +161,48 @@ UPDATE agent_registry r SET lapsed_heartbeat_at = r.last_heartbeat_at
 # does while some agent's grace is running: those who all dial at once lose a connection or two.
 # After an absence of the path, a pool of which too many ($10) have not been heard since is still
 # in the outage: a broker that a whole fleet dials may take longer than a lease to let all in.
-MARK_SILENT = """
+#
+# It costs what is silent, not what is there: candidates come from an index, and the fleet is
+# counted (`sizes`, in a CASE) only where enough are silent for an outage. A heartbeat from the
+# future, after the database's clock was set back, is none: the longest lease is 1,800 s.
+MARK_SILENT = f"""
 WITH path AS (
   SELECT fresh_since, grace_until FROM ingest_path
-   WHERE fresh_at > statement_timestamp() - interval '5 seconds'
-), sizes AS (
+   WHERE fresh_at > statement_timestamp() - interval '5 seconds' LIMIT 1
+), sizes AS MATERIALIZED (
   SELECT pool_name, count(*) AS members, sum(count(*)) OVER () AS everybody
     FROM agent_registry WHERE status IN ('online', 'busy') GROUP BY pool_name
 ), nearby AS (
-  SELECT c.agent_id, c.seconds, c.is_known, c.is_open, s.members, s.everybody,
+  SELECT c.agent_id, c.seconds, c.is_known, c.is_open, r.pool_name,
          count(*) OVER around AS closings,
          count(*) OVER (PARTITION BY r.pool_name ORDER BY c.seconds
                         RANGE BETWEEN $9::float8 PRECEDING AND $9::float8 FOLLOWING)
            AS closings_in_pool
     FROM unnest($4::uuid[], $5::float8[], $6::bool[], $7::bool[])
            AS c (agent_id, seconds, is_known, is_open)
-    JOIN agent_registry r USING (agent_id) JOIN sizes s USING (pool_name)
+    JOIN agent_registry r USING (agent_id)
   WINDOW around AS (
     ORDER BY c.seconds RANGE BETWEEN $9::float8 PRECEDING AND $9::float8 FOLLOWING)
-), closed AS (
+), closed AS MATERIALIZED (
   SELECT agent_id, seconds, is_known,
          statement_timestamp() - seconds * interval '1 second' AS closed_at,
-         closings > $2::int AND closings > $8::float8 * everybody
-           OR closings_in_pool > $2::int AND closings_in_pool > $8::float8 * members AS is_burst
+         CASE WHEN closings > $2::int
+           THEN closings > $8::float8 * (SELECT max(everybody) FROM sizes) ELSE false END
+         OR CASE WHEN closings_in_pool > $2::int
+           THEN closings_in_pool > $8::float8 * (
+             SELECT members FROM sizes WHERE sizes.pool_name = nearby.pool_name)
+           ELSE false END AS is_burst
     FROM nearby WHERE NOT is_open
+), candidates AS MATERIALIZED (
+  -- By way of an array, of which the planner expects few elements: it goes from row to row.
+  SELECT agent_id FROM unnest(ARRAY(
+    SELECT r.agent_id FROM agent_registry r
+     WHERE r.status IN ('online', 'busy')
+       AND ({LEASE_ENDS} < statement_timestamp() AT TIME ZONE 'UTC'
+            OR {LEASE_ENDS} > (statement_timestamp() + interval '1805 seconds') AT TIME ZONE 'UTC'
+            OR {LEASE_ENDS} IS NULL)
+    UNION
+    SELECT agent_id FROM closed)) AS c (agent_id)
 ), alive AS MATERIALIZED (
   SELECT r.agent_id, r.pool_name, r.lease_seconds, s.frozen_at, s.thawed_at,
          extract(epoch FROM statement_timestamp() - greatest(path.fresh_since, s.thawed_at, CASE
@@ -189,11 +214,11 @@ WITH path AS (
          c.seconds >= CASE WHEN c.is_known THEN 1.5 ELSE r.interval_seconds * 1.25 END
            AS is_settled,
          coalesce(c.is_burst, false) AS is_burst
-    FROM agent_registry r CROSS JOIN path
+    FROM candidates JOIN agent_registry r USING (agent_id) CROSS JOIN path
     LEFT JOIN pool_state s USING (pool_name) LEFT JOIN closed c USING (agent_id)
    WHERE r.status IN ('online', 'busy')
 ), pools AS (
-  SELECT pool_name, count(*) AS members,
+  SELECT pool_name,
          count(*) FILTER (WHERE silence > lease_seconds OR is_closed) AS silent,
          count(*) FILTER (
            WHERE silence > lease_seconds * 4 / 3 OR is_closed AND is_settled) AS due,
@@ -205,15 +230,16 @@ WITH path AS (
   SELECT r.pool_name, count(*) AS marked, max(r.status_changed_at) AS last_marked_at
     FROM agent_registry r JOIN pools p USING (pool_name)
    WHERE p.due > 0 AND r.status = 'offline' AND r.status_reason <> 'farewell'
+     AND r.status_changed_at > statement_timestamp() - interval '1805 seconds'
      AND r.status_changed_at > statement_timestamp() - r.lease_seconds * interval '1 second'
      AND r.status_changed_at > coalesce(p.thawed_at, '-infinity')
    GROUP BY r.pool_name
-), outage AS (
+), outage AS MATERIALIZED (
   SELECT pool_name FROM pools LEFT JOIN fallen USING (pool_name)
-   WHERE due > 0 AND NOT is_frozen
-     AND (silent + coalesce(marked, 0) > $2::int
-          AND silent + coalesce(marked, 0) > $1::float8 * (members + coalesce(marked, 0))
-          OR unheard > $2::int AND unheard > $10::float8 * members)
+   WHERE CASE WHEN due > 0 AND NOT is_frozen AND silent + coalesce(marked, 0) > $2::int THEN (
+     SELECT silent + coalesce(marked, 0) > $1::float8 * (members + coalesce(marked, 0))
+            OR unheard > $2::int AND unheard > $10::float8 * members
+       FROM sizes WHERE sizes.pool_name = pools.pool_name) ELSE false END
 ), frozen AS (
   INSERT INTO pool_state AS s (pool_name, frozen_at)
   SELECT pool_name, statement_timestamp() FROM outage ORDER BY pool_name
@@ -253,7 +279,7 @@ WITH path AS (
 SELECT agent_id, hostname, pool_name, status_reason FROM marked
 UNION ALL
 SELECT NULL, NULL, pool_name, NULL FROM frozen
-"""
+"""  # noqa: S608
 
 SUMMARY = f"""
 SELECT statement_timestamp() AS as_of,

@@ -1,10 +1,10 @@
-"""Offers of one pool by an index of their own, and no index entries for those who fell silent.
+"""Indexes for a large fleet: offers of one pool, none of those who fell silent, ends of leases.
 
 Of a pool of fifty among a million agents the index of all offers has to be read from end to end.
 And while a pool's transitions are held, its silent agents are still ``online``: if they were the
 best of the fleet, every question would step over each of them. ``lapsed_heartbeat_at`` is the
 heartbeat by which a row was found silent. Any other heartbeat brings the row back, whoever wrote
-it.
+it. The sweep finds whose lease is over without looking at all the others.
 """
 
 from collections.abc import Sequence
@@ -44,9 +44,28 @@ def upgrade() -> None:
         ["pool_name", *_BEST_FIRST],
         postgresql_where=_OFFERED,
     )
+    op.create_index(
+        "idx_agent_registry_lease",
+        "agent_registry",
+        [
+            # In UTC, as the sum of a time with a zone and an interval may depend on the session's.
+            sa.text(
+                "((last_heartbeat_at AT TIME ZONE 'UTC') + lease_seconds * '00:00:01'::interval)"
+            )
+        ],
+        postgresql_where=sa.text("status IN ('online', 'busy')"),
+    )
+    op.create_index(
+        "idx_agent_registry_marked",
+        "agent_registry",
+        ["status_changed_at"],
+        postgresql_where=sa.text("status = 'offline'"),
+    )
 
 
 def downgrade() -> None:
+    op.drop_index("idx_agent_registry_marked", table_name="agent_registry")
+    op.drop_index("idx_agent_registry_lease", table_name="agent_registry")
     op.drop_index("idx_agent_registry_pool_offers", table_name="agent_registry")
     op.drop_index("idx_agent_registry_offers", table_name="agent_registry")
     op.drop_column("agent_registry", "lapsed_heartbeat_at")
