@@ -150,9 +150,6 @@ UPDATE agent_registry r SET lapsed_heartbeat_at = r.last_heartbeat_at
     ORDER BY r.agent_id LIMIT $1 FOR UPDATE OF r SKIP LOCKED)
 """  # noqa: S608
 
-# When an agent's lease ends, by its heartbeat: the expression of an index.
-LEASE_ENDS = "(r.last_heartbeat_at AT TIME ZONE 'UTC') + r.lease_seconds * interval '1 second'"
-
 # One statement on one snapshot: who is silent, whether that is the outage of a pool, and whom to
 # mark. An agent whose connection closed ($4, $5 seconds ago) and which has said nothing since then
 # is as silent as one that let its lease pass. If its connections are known ($6) it has 1.5 s to
@@ -162,10 +159,10 @@ LEASE_ENDS = "(r.last_heartbeat_at AT TIME ZONE 'UTC') + r.lease_seconds * inter
 # After an absence of the path, a pool of which too many ($10) have not been heard since is still
 # in the outage: a broker that a whole fleet dials may take longer than a lease to let all in.
 #
-# It costs what is silent, not what is there: candidates come from an index, and the fleet is
-# counted (`sizes`, in a CASE) only where enough are silent for an outage. A heartbeat from the
-# future, after the database's clock was set back, is none: the longest lease is 1,800 s.
-MARK_SILENT = f"""
+# It costs what is silent, not what is there: candidates come from an index, those with a heartbeat
+# from the future included (the database's clock was set back, and the longest lease is 1,800 s).
+# The fleet is counted (`sizes`, in a CASE) only where enough are silent for an outage.
+MARK_SILENT = """
 WITH path AS (
   SELECT fresh_since, grace_until FROM ingest_path
    WHERE fresh_at > statement_timestamp() - interval '5 seconds' LIMIT 1
@@ -194,15 +191,9 @@ WITH path AS (
            ELSE false END AS is_burst
     FROM nearby WHERE NOT is_open
 ), candidates AS MATERIALIZED (
-  -- By way of an array, of which the planner expects few elements: it goes from row to row.
-  SELECT agent_id FROM unnest(ARRAY(
-    SELECT r.agent_id FROM agent_registry r
-     WHERE r.status IN ('online', 'busy')
-       AND ({LEASE_ENDS} < statement_timestamp() AT TIME ZONE 'UTC'
-            OR {LEASE_ENDS} > (statement_timestamp() + interval '1805 seconds') AT TIME ZONE 'UTC'
-            OR {LEASE_ENDS} IS NULL)
-    UNION
-    SELECT agent_id FROM closed)) AS c (agent_id)
+  SELECT agent_id FROM chiffon_silence_candidates() AS c (agent_id)
+  UNION
+  SELECT agent_id FROM closed
 ), alive AS MATERIALIZED (
   SELECT r.agent_id, r.pool_name, r.lease_seconds, s.frozen_at, s.thawed_at,
          extract(epoch FROM statement_timestamp() - greatest(path.fresh_since, s.thawed_at, CASE
@@ -279,7 +270,7 @@ WITH path AS (
 SELECT agent_id, hostname, pool_name, status_reason FROM marked
 UNION ALL
 SELECT NULL, NULL, pool_name, NULL FROM frozen
-"""  # noqa: S608
+"""
 
 SUMMARY = f"""
 SELECT statement_timestamp() AS as_of,
