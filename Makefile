@@ -7,7 +7,7 @@ WORKERS ?= 2
 STAMP := $(VENV)/.set-up
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up test test-unit test-faults lint format lock definitions openapi clean
+.PHONY: help setup up test test-unit test-faults bench-quick lint format lock definitions openapi clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,11 @@ test-unit: $(STAMP) ## Run the tests that need no server
 
 test-faults: $(STAMP) ## Break a whole system in every way we know, and print what each fault did
 	@$(BIN)/python -m pytest tests/faults -m faults -n $(WORKERS) --dist loadgroup $(ARGS)
+
+bench-quick: $(STAMP) ## Print the main ratios of the benchmarks, in under two minutes
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes \
+	  -r requirements/bench.txt
+	@$(BIN)/python -m benchmarks.quick
 
 lint: $(STAMP) ## Check style, types and import directions
 	@$(BIN)/ruff check .

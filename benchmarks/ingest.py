@@ -80,8 +80,11 @@ class Figures:
     database: float
 
 
-async def measure(stage: Stage, fleet: Fleet, contender: Contender) -> Figures:
+async def measure(
+    stage: Stage, fleet: Fleet, contender: Contender, scale: float, seconds: float
+) -> Figures:
     """Fill the queue, start one contender, and count what it commits."""
+    count = int(contender.messages * scale)
     async with stage.database() as database:
         await fleet.add_rows(database)
         await stage.purge()
@@ -91,14 +94,14 @@ async def measure(stage: Stage, fleet: Fleet, contender: Contender) -> Figures:
             await _declare_celery(stage)
         else:
             messages, exchange = fleet.heartbeats(), HEARTBEATS
-        await publish(stage.amqp_url, messages, contender.messages, exchange=exchange)
+        await publish(stage.amqp_url, messages, count, exchange=exchange)
         await database.execute("CHECKPOINT")
 
         async def committed() -> int:
             return int(await database.fetchval(COMMITTED))
 
         async def warm() -> bool:
-            return await committed() >= contender.messages * WARM_SHARE
+            return await committed() >= count * WARM_SHARE
 
         with process(contender.argv, stage) as running:
             servers = psutil.Process(stage.broker_pid), psutil.Process(stage.database_pid)
@@ -110,11 +113,11 @@ async def measure(stage: Stage, fleet: Fleet, contender: Contender) -> Figures:
             first, began, before = await committed(), time.monotonic(), cpu()
             while True:
                 await asyncio.sleep(0.25)
-                count, now, after = await committed(), time.monotonic(), cpu()
-                if count >= contender.messages * 0.95 or now - began > LIMIT_SECONDS:
+                done, now, after = await committed(), time.monotonic(), cpu()
+                if done >= count * 0.95 or now - began > seconds:
                     break
-    each = [(b - a) / (count - first) * 1e6 for a, b in zip(before, after, strict=True)]
-    return Figures((count - first) / (now - began), *each)
+    each = [(b - a) / (done - first) * 1e6 for a, b in zip(before, after, strict=True)]
+    return Figures((done - first) / (now - began), *each)
 
 
 async def _declare_celery(stage: Stage) -> None:
@@ -153,7 +156,14 @@ def _celery(fleet: Fleet) -> Iterator[tuple[str, bytes]]:
             yield "worker.heartbeat", json.dumps(body).encode()
 
 
-async def run(agents: int, names: list[str], rounds: int) -> None:
+async def run(
+    agents: int,
+    names: list[str],
+    rounds: int,
+    *,
+    scale: float = 1.0,
+    seconds: float = LIMIT_SECONDS,
+) -> None:
     """Measure each contender, and print the figures and their ratios."""
     fleet = Fleet(agents)
     async with staged() as stage:
@@ -164,7 +174,7 @@ async def run(agents: int, names: list[str], rounds: int) -> None:
             for contender in CONTENDERS:
                 if contender.name not in names:
                     continue
-                found = await measure(stage, fleet, contender)
+                found = await measure(stage, fleet, contender, scale, seconds)
                 print(
                     f"{contender.label:<46}{found.rate:>12,.0f}{found.own:>8.1f}"
                     f"{found.broker:>8.1f}{found.database:>10.1f}",

@@ -5,6 +5,7 @@ The fleet's numbers are drawn from a seeded generator, so two runs send the same
 
 import asyncio
 import json
+import logging
 import os
 import random
 import signal
@@ -90,6 +91,10 @@ class Stage:
             channel = await connection.channel()
             found = await channel.declare_queue(queue, passive=True)
         return found.declaration_result.message_count or 0
+
+
+# While a broker starts, the client library says at each try that it is not there yet.
+logging.getLogger("aiormq").setLevel(logging.CRITICAL)
 
 
 @asynccontextmanager
@@ -231,7 +236,7 @@ def process(argv: Sequence[str], stage: Stage, **environment: str) -> Iterator[p
     parent = os.getpid()
     child = subprocess.Popen(
         argv,
-        env={**stage.environment, **environment},
+        env={**stage.environment, "CHIFFON_LOG_LEVEL": "WARNING", **environment},
         stdout=subprocess.DEVNULL,
         cwd=PROJECT,
         preexec_fn=tie_to(parent, signal.SIGKILL),

@@ -13,7 +13,7 @@ from typing import Any
 from chiffon import orchestrator
 from chiffon.bus import Publisher
 from chiffon.cli import main
-from chiffon.ingest import Ingest
+from chiffon.consumer import Consumer
 from chiffon.registry import Registry
 from chiffon.reservations import ReservationService
 
@@ -24,12 +24,12 @@ def die_in(owner: type, method: str, *, after: int) -> None:
     """Have a method kill the process instead of doing what it does, at its ``after``-th call."""
     original, calls = getattr(owner, method), 0
 
-    async def dying(self: Any, argument: Any) -> Any:
+    def dying(self: Any, argument: Any) -> Any:
         nonlocal calls
         calls += bool(argument)
         if calls == after:
             os.kill(os.getpid(), signal.SIGKILL)
-        return await original(self, argument)
+        return original(self, argument)
 
     setattr(owner, method, dying)
 
@@ -61,7 +61,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "before the commit":
         die_in(Registry, "record", after=BATCHES)
     elif sys.argv[1] == "between commit and acknowledgement":
-        die_in(Ingest, "_acknowledge", after=BATCHES)
+        die_in(Consumer, "acknowledge", after=BATCHES)
     elif sys.argv[1] == "before a claim":
         die_in(ReservationService, "claim", after=BATCHES)
     elif sys.argv[1] == "between claim and answer":

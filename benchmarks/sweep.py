@@ -1,0 +1,102 @@
+"""How long a sweep takes, by how many agents there are and how many of them are silent.
+
+    python -m benchmarks.sweep --agents 100000 1000000
+
+A private PostgreSQL, as durable as in production, without a broker. Beside each sweep stands one
+look at every row (a count), which is what a sweep without an index would at least cost.
+"""
+
+import argparse
+import asyncio
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import asyncpg
+
+from benchmarks.capacity import fill
+from chiffon import migrations
+from chiffon.embedded import postgres
+from chiffon.registry import Closing, Registry, asyncpg_url
+
+SILENT = "UPDATE agent_registry SET last_heartbeat_at = now() - interval '1 day' WHERE "
+LOOK = "SELECT count(*) FROM agent_registry WHERE last_heartbeat_at < now() - interval '1 minute'"
+CANARY = "UPDATE ingest_path SET fresh_at = now(), fresh_since = now() - interval '3 hours'"
+
+
+class Sweeps:
+    """Runs sweeps and prints how long they took."""
+
+    def __init__(self, database: "asyncpg.Connection[asyncpg.Record]", registry: Registry) -> None:
+        self._database = database
+        self._registry = registry
+
+    async def run(self, label: str, count: int, closings: Sequence[Closing] = ()) -> None:
+        """Sweep so often; the first one has to mark whoever is silent."""
+        took: list[float] = []
+        marked = frozen = 0
+        for _ in range(count):
+            await self._database.execute(CANARY)
+            began = time.monotonic()
+            swept = await self._registry.mark_silent(closings)
+            took.append(time.monotonic() - began)
+            marked, frozen = marked + len(swept.transitions), frozen + len(swept.frozen)
+        began = time.monotonic()
+        await self._database.fetchval(LOOK)
+        look = time.monotonic() - began
+        best = min(took[1:] or took)
+        print(
+            f"  {label:<34}first {took[0] * 1e3:>9.1f} ms, then {best * 1e3:>9.1f} ms,"
+            f" {best / look:>7.2f} x one look at every row ({look * 1e3:.0f} ms);"
+            f" marked {marked}, pools held {frozen}",
+            flush=True,
+        )
+
+
+async def measure(agents: int, *, with_outages: bool) -> None:
+    """Fill a registry, and sweep it in each state."""
+    with tempfile.TemporaryDirectory(prefix="chiffon-benchmark-") as name:
+        os.chmod(name, 0o755)  # the database's user must get in
+        async with postgres.run(Path(name)) as server:
+            await migrations.upgrade(server.url)
+            database = await asyncpg.connect(asyncpg_url(server.url), command_timeout=600)
+            await fill(database, agents)
+            await database.execute("UPDATE agent_registry SET lease_seconds = 900")
+            await database.execute("VACUUM ANALYZE agent_registry")
+            print(f"{agents} agents:", flush=True)
+            async with Registry.open(server.url) as registry:
+                await _sweep_all(database, Sweeps(database, registry), with_outages)
+            await database.close()
+
+
+async def _sweep_all(
+    database: "asyncpg.Connection[asyncpg.Record]", sweeps: Sweeps, with_outages: bool
+) -> None:
+    await sweeps.run("nobody silent", 10)
+    rows = await database.fetch("SELECT agent_id FROM agent_registry LIMIT 100")
+    closings = [Closing(row["agent_id"], 2.0, True, False) for row in rows]
+    await sweeps.run("100 connections closed", 3, closings)
+    some = "agent_id IN (SELECT agent_id FROM agent_registry WHERE pool_name = $1 LIMIT 100)"
+    await database.execute(SILENT + some, "pool-3")
+    await sweeps.run("100 silent", 3)
+    if with_outages:
+        await database.execute(SILENT + "pool_name = $1", "pool-4")
+        await sweeps.run("a twentieth of them silent: held", 5)
+        await database.execute(SILENT + "random() < 0.75 AND status = 'online'")
+        await sweeps.run("three quarters silent: held", 3)
+
+
+def main() -> None:
+    """Read the command line, and measure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--agents", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--outages", action="store_true", help="most of the fleet silent as well")
+    given = parser.parse_args()
+    for agents in given.agents:
+        asyncio.run(measure(agents, with_outages=given.outages))
+
+
+if __name__ == "__main__":
+    main()
