@@ -126,8 +126,7 @@ async def _declare_celery(stage: Stage) -> None:
         exchange = await channel.declare_exchange("celeryev", "topic", durable=True)
         queue = await channel.declare_queue(
             "celeryev.benchmark",
-            auto_delete=True,
-            durable=False,
+            durable=True,
             arguments={"x-expires": 60_000, "x-message-ttl": 60_000},
         )
         await queue.bind(exchange, "#")

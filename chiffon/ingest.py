@@ -120,7 +120,7 @@ class Ingest:
         dead_letters: DeadLetters,
         *,
         canary_key: str = "",
-        batch_size: int = 500,
+        batch_size: int = 2_000,
         batch_seconds: float = 0.02,
     ) -> None:
         self._registry = registry

@@ -88,7 +88,7 @@ class Settings(BaseSettings):
     override_gpu_vram_available_gb: float | None = Field(None, ge=0, le=1e6, allow_inf_nan=False)
     integrated_gpus: bool = False
 
-    ingest_batch_size: int = Field(500, ge=1, le=1_000)
+    ingest_batch_size: int = Field(2_000, ge=1, le=10_000)
     ingest_batch_seconds: float = Field(0.02, ge=0, le=1, allow_inf_nan=False)
     sweep_interval_seconds: float = Field(1.0, ge=0.1, le=60, allow_inf_nan=False)
     outage_share: float = Field(0.55, gt=0, le=1, allow_inf_nan=False)

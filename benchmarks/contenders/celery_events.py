@@ -57,7 +57,15 @@ def main() -> None:
     threading.Thread(target=camera, args=(state,), daemon=True).start()
     with app.connection_for_read() as connection:
         receiver = EventReceiver(
-            connection, handlers={"*": state.event}, app=app, node_id="benchmark"
+            connection,
+            handlers={"*": state.event},
+            app=app,
+            node_id="benchmark",
+            # So that the queue can be filled before: by itself it is exclusive.
+            queue_exclusive=False,
+            queue_durable=True,
+            queue_ttl=60,
+            queue_expires=60,
         )
         receiver.capture(limit=None, timeout=None, wakeup=False)
 
