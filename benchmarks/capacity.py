@@ -94,15 +94,18 @@ async def fill(database: "asyncpg.Connection[asyncpg.Record]", agents: int) -> N
 async def timed(ask: Ask, callers: int, seconds: float) -> list[float]:
     """Let so many callers ask for a while; return how long each answer took, in seconds."""
     took: list[float] = []
-    stop = time.monotonic() + seconds
 
     async def one() -> None:
-        while (began := time.monotonic()) < stop:
+        while True:
+            began = time.monotonic()
             await ask()
             took.append(time.monotonic() - began)
+            if time.monotonic() > stop:
+                return
 
     for _ in range(5):
         await ask()  # connections and plans
+    stop = time.monotonic() + seconds
     await asyncio.gather(*(one() for _ in range(callers)))
     return took
 

@@ -54,6 +54,7 @@ class Consumer(Connection, asyncio.Protocol):
         self._frames = Frames(CHANNEL)
         self._transport: asyncio.Transport | None = None
         self._answer: asyncio.Future[Any] | None = None
+        self._asking = asyncio.Lock()
         self._refusal: BusUnavailable | None = None
         self._take: Take | None = None
         self._tag = ""
@@ -100,9 +101,8 @@ class Consumer(Connection, asyncio.Protocol):
 
     async def close(self) -> None:  # noqa: D102
         self.drop("closed by us")
-        transport = self._transport
-        if transport is None or transport.is_closing():
-            return
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(BusUnavailable("the connection was closed by us"))
         try:
             await self._ask(Amqp.Close(200, "", 0, 0), Amqp.CloseOk, channel=0)
         except BusUnavailable as error:
@@ -126,6 +126,9 @@ class Consumer(Connection, asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:  # noqa: D102
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+
+    def eof_received(self) -> None:  # noqa: D102
+        self._fail(BusUnavailable("the connection broke: closed by the broker"))
 
     def connection_lost(self, error: Exception | None) -> None:  # noqa: D102
         self._fail(BusUnavailable(f"the connection broke: {error or 'closed by the broker'}"))
@@ -180,7 +183,8 @@ class Consumer(Connection, asyncio.Protocol):
 
     async def _ask(self, method: Any, answer: type[Answer], *, channel: int = CHANNEL) -> Answer:
         """Send a method and wait for its answer; one is asked at a time."""
-        return await self._receive(answer, frame.marshal(method, channel))
+        async with self._asking:
+            return await self._receive(answer, frame.marshal(method, channel))
 
     async def _receive(self, kind: type[Answer], after: bytes) -> Answer:
         transport = self._transport

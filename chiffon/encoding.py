@@ -115,6 +115,7 @@ def _plain_heartbeats(body: bytes, key: str) -> list[StatusUpdate] | None:
     is_its_own = (
         key[:-_ID_LENGTH] == f"heartbeat.{update.pool_name}.{update.agent_type}."
         and key[-_ID_LENGTH:].replace("-", "") == f"{update.agent_id.int:032x}"
+        and key[-28] == key[-23] == key[-18] == key[-13] == "-"
     )
     return [update] if is_its_own else None
 

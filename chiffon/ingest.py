@@ -8,7 +8,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from uuid import UUID
 
@@ -59,7 +59,7 @@ BATCH = Histogram(
 )
 COMMIT = Histogram(
     "chiffon_ingest_commit_seconds",
-    "From the first try to commit a batch to the commit that holds it.",
+    "Of one statement that commits heartbeats.",
     buckets=SECONDS,
 )
 CANARIES = Counter(
@@ -136,7 +136,7 @@ class Ingest:
         self._heard = time.monotonic()
         self._arrived = asyncio.Event()
         self._full = asyncio.Event()
-        self._stopping = False
+        self._stopping = self._ended = False
         self._rivals = _Rivals()
 
     async def attach(self, consumer: Consumer) -> None:
@@ -144,6 +144,8 @@ class Ingest:
 
         What the last one had delivered and we have not committed is delivered again.
         """
+        if self._stopping:
+            return
         self._reading = Reading()
         self._consumer, self._heard = consumer, time.monotonic()
         await consumer.consume(
@@ -183,20 +185,29 @@ class Ingest:
     async def run(self) -> None:
         """Commit and acknowledge batches until ``stop`` is called and all is committed."""
         before: asyncio.Task[None] | None = None
-        async with asyncio.TaskGroup() as group:
-            while True:
-                await self._arrived.wait()
-                if not self._stopping and not self._full.is_set():
-                    await self._wait_for_more(self._reading.began + self._batch_seconds)
-                await self._free.acquire()
-                self._arrived.clear()
-                self._full.clear()
-                reading, self._reading = self._reading, Reading()
-                self._in_work += reading.messages
-                before = group.create_task(self._finish(reading, self._consumer, before))
-                before.add_done_callback(lambda _: self._free.release())
-                if self._stopping and not self._reading.messages:
-                    return
+        try:
+            async with asyncio.TaskGroup() as group:
+                while not (self._ended and not self._reading.messages):
+                    before = await self._take_batch(group, before)
+        except* Exception as errors:
+            raise errors.exceptions[0] from None
+
+    async def _take_batch(
+        self, group: asyncio.TaskGroup, before: asyncio.Task[None] | None
+    ) -> asyncio.Task[None] | None:
+        await self._arrived.wait()
+        if not self._stopping and not self._full.is_set():
+            await self._wait_for_more(self._reading.began + self._batch_seconds)
+        await self._free.acquire()
+        self._arrived.clear()
+        self._full.clear()
+        reading, self._reading = self._reading, Reading()
+        self._in_work += reading.messages
+        task = group.create_task(self._finish(reading, self._consumer, before))
+        task.add_done_callback(lambda _: self._free.release())
+        if self._ended:
+            self._arrived.set()
+        return task
 
     async def stop(self) -> None:
         """Take no more deliveries; ``run`` ends once what is here is committed."""
@@ -206,6 +217,7 @@ class Ingest:
                 await self._consumer.cancel()
             except BusUnavailable as error:
                 log.debug("%s", error)
+        self._ended = True
         self._arrived.set()
         self._full.set()
 
@@ -224,9 +236,17 @@ class Ingest:
     ) -> None:
         try:
             _count(reading)
-            await self._commit(reading)
+            recorded: list[Recorded] = []
+            left = [receipt for receipt, _ in reading.newest.values()]
+            await self._commit(lambda: self._record(left, reading, recorded))
+            # All that tells of this batch comes after all that tells of the one before: events,
+            # the canary, which proves that what came before it is there, and acknowledgements.
             if before is not None:
-                await before  # acknowledging this one would acknowledge that one as well
+                await before
+            for one in recorded:
+                await self._report(one)
+            if reading.canary is not None:
+                await self._commit(partial(self._mark_path_fresh, *reading.canary))
             await self._answer(reading, consumer)
         finally:
             self._in_work -= reading.messages
@@ -243,18 +263,13 @@ class Ingest:
             consumer.acknowledge(last)
             consumer.works()
 
-    async def _commit(self, reading: Reading) -> None:
-        """Record a batch, trying again for as long as the database is away."""
+    async def _commit(self, act: Callable[[], Awaitable[None]]) -> None:
+        """Do something in the registry, trying again for as long as the database is away."""
         pause, began = FIRST_PAUSE_SECONDS, time.monotonic()
         trouble: str | None = None
-        left = [receipt for receipt, _ in reading.newest.values()]
         while True:
             try:
-                if left:
-                    await self._record(left, reading)
-                    COMMIT.observe(time.monotonic() - began)
-                if reading.canary is not None:
-                    await self._mark_path_fresh(*reading.canary)
+                await act()
             except RegistryUnavailable as error:
                 if trouble != str(error):
                     trouble = str(error)
@@ -268,23 +283,32 @@ class Ingest:
                     )
                 return
 
-    async def _record(self, left: list[Receipt], reading: Reading) -> None:
+    async def _record(
+        self, left: list[Receipt], reading: Reading, recorded: list[Recorded]
+    ) -> None:
         """Record what is left of a batch, and take away from it what is recorded.
 
         An array of a relay holds up to a thousand heartbeats, so it may be more than a statement.
         """
         while left:
-            receipts = left[: self._batch_size]
+            receipts, began = left[: self._batch_size], time.monotonic()
             try:
-                await self._report(await self._registry.record(receipts), len(receipts))
+                recorded.append(await self._registry.record(receipts))
+                BATCH.observe(len(receipts))
+                COMMIT.observe(time.monotonic() - began)
+                RECORDED.inc(len(receipts) - len(recorded[-1].stale))
+                del left[: self._batch_size]
             except RowRefused:
                 for receipt in receipts:
-                    await self._record_alone(receipt, reading)
-            del left[: self._batch_size]
+                    await self._record_alone(receipt, reading, recorded)
+                    del left[0]
 
-    async def _record_alone(self, receipt: Receipt, reading: Reading) -> None:
+    async def _record_alone(
+        self, receipt: Receipt, reading: Reading, recorded: list[Recorded]
+    ) -> None:
         try:
-            await self._report(await self._registry.record([receipt]), 1)
+            recorded.append(await self._registry.record([receipt]))
+            RECORDED.inc(1 - len(recorded[-1].stale))
         except RowRefused as error:
             DEAD_LETTERED.inc()
             _, delivery = reading.newest[receipt.update.agent_id.int]
@@ -308,10 +332,8 @@ class Ingest:
         except (ValueError, KeyError, TypeError):
             return None
 
-    async def _report(self, recorded: Recorded, count: int) -> None:
+    async def _report(self, recorded: Recorded) -> None:
         STALE.inc(len(recorded.stale))
-        RECORDED.inc(count - len(recorded.stale))
-        BATCH.observe(count)
         self._events.transitions(recorded.transitions)
         lower = [
             one
@@ -319,7 +341,8 @@ class Ingest:
             if one.kept_incarnation is not None and one.incarnation < one.kept_incarnation
         ]
         if lower:
-            await self._registry.count_lower_incarnations([one.agent_id for one in lower])
+            agents = [one.agent_id for one in lower]
+            await self._commit(lambda: self._registry.count_lower_incarnations(agents))
             self._rivals.tell(lower)
 
     async def _set_aside(self, reading: Reading, consumer: Consumer | None) -> set[int]:

@@ -1,8 +1,8 @@
 """The orchestrator: ingest, sweeper, expiry, canary and responder in one process.
 
 Any number may run on one broker and database; any may die at any time. Its connections: one
-consumes and acknowledges, the others publish, since an alarm of the broker stops everything on a
-connection that publishes, acknowledgements included; answers have one of their own.
+consumes heartbeats, one questions, the others publish, since an alarm of the broker stops
+everything on a connection that publishes, acknowledgements included; answers have their own.
 """
 
 import asyncio
@@ -170,6 +170,7 @@ def _pages(
     checks = {
         "broker": health.connected(links["publish"]),
         "consumer": consumes,
+        "questions": health.connected(links["listen"]),
         **migrations.checks(registry),
     }
 

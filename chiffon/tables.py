@@ -226,7 +226,8 @@ class IngestPath(SQLModel, table=True):
 
     ``fresh_since`` is when that began without a gap; no agent is judged silent by what it did not
     say before then. Until ``grace_until`` some agent's fresh lease is still running.
-    ``queue_delay_seconds`` is how long that canary was on its way.
+    ``queue_delay_seconds`` is how long that canary was on its way, ``clock_set_back_at`` when a
+    canary was found to be from the future.
     """
 
     __tablename__ = "ingest_path"
@@ -240,6 +241,7 @@ class IngestPath(SQLModel, table=True):
     fresh_since: datetime = Field(sa_column=_moment(nullable=False))
     grace_until: datetime = Field(sa_column=_moment(nullable=False))
     queue_delay_seconds: float | None = Field(default=None, sa_type=Float)
+    clock_set_back_at: datetime | None = Field(default=None, sa_column=_moment())
 
 
 class PoolState(SQLModel, table=True):

@@ -19,7 +19,7 @@ def _group() -> None:
 @app.command()
 def run(
     ingest_batch_size: Annotated[
-        int | None, typer.Option(help="Most messages in one commit.")
+        int | None, typer.Option(help="Messages that are worth a commit at once.")
     ] = None,
     ingest_batch_seconds: Annotated[
         float | None, typer.Option(help="How long a message waits for others.")

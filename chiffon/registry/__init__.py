@@ -91,7 +91,7 @@ class Registry:
     """The only caller of SQL. Safe to use from many tasks at once.
 
     Every method raises ``RegistryUnavailable`` when PostgreSQL cannot be reached or does not
-    answer within 5 s, and ``RegistryRefused`` when it does not let us in.
+    answer within 5 s (in a sweep 30 s), and ``RegistryRefused`` when it does not let us in.
     """
 
     def __init__(
@@ -203,6 +203,7 @@ class Registry:
         """
         async with self._connection() as connection:
             sweep = partial(connection.fetch, timeout=SWEEP_SECONDS)
+            await sweep(LAPSE, LAPSE_AT_ONCE)
             await sweep(SETTLE_GRACE)
             thawed = await sweep(THAW, liveness.OUTAGE_OVER_SHARE)
             rows = await sweep(
@@ -218,7 +219,6 @@ class Registry:
                 liveness.BURST_SECONDS,
                 liveness.OUTAGE_OVER_SHARE,
             )
-            await sweep(LAPSE, LAPSE_AT_ONCE)
         return Swept(
             [
                 Transition(row[0], row[1], row[2], "offline", row[3])

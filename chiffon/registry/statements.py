@@ -101,6 +101,8 @@ ON CONFLICT (only_row) DO UPDATE SET
   -- A last canary from the future: the clock was set back, which is a gap like any other.
   fresh_at = CASE WHEN p.fresh_at > statement_timestamp() + interval '1 second'
     THEN excluded.fresh_at ELSE greatest(p.fresh_at, excluded.fresh_at) END,
+  clock_set_back_at = CASE WHEN p.fresh_at > statement_timestamp() + interval '1 second'
+    THEN statement_timestamp() ELSE p.clock_set_back_at END,
   fresh_since = CASE WHEN statement_timestamp() - p.fresh_at
       NOT BETWEEN interval '-1 second' AND interval '5 seconds'
     THEN statement_timestamp() ELSE p.fresh_since END,
@@ -160,7 +162,7 @@ UPDATE agent_registry r SET lapsed_heartbeat_at = r.last_heartbeat_at
 # in the outage: a broker that a whole fleet dials may take longer than a lease to let all in.
 #
 # It costs what is silent, not what is there: candidates come from an index, those with a heartbeat
-# from the future included (the database's clock was set back, and the longest lease is 1,800 s).
+# from the future included.
 # The fleet is counted (`sizes`, in a CASE) only where enough are silent for an outage.
 MARK_SILENT = """
 WITH path AS (

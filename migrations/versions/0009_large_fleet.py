@@ -40,6 +40,13 @@ LANGUAGE sql STABLE ROWS 10 SET enable_seqscan = off AS $$
           OR (last_heartbeat_at AT TIME ZONE 'UTC') + lease_seconds * interval '1 second'
             > (statement_timestamp() + interval '1805 seconds') AT TIME ZONE 'UTC'
           OR (last_heartbeat_at AT TIME ZONE 'UTC') + lease_seconds * interval '1 second' IS NULL)
+   UNION
+  -- A heartbeat from the future is none. There are some only after the clock was set back.
+  SELECT agent_id FROM agent_registry
+   WHERE status IN ('online', 'busy')
+     AND last_heartbeat_at > statement_timestamp() + interval '5 seconds'
+     AND EXISTS (SELECT FROM ingest_path
+                  WHERE clock_set_back_at > statement_timestamp() - interval '1805 seconds')
 $$
 """
 
@@ -76,11 +83,13 @@ def upgrade() -> None:
         ["status_changed_at"],
         postgresql_where=sa.text("status = 'offline'"),
     )
+    op.add_column("ingest_path", sa.Column("clock_set_back_at", sa.DateTime(timezone=True)))
     op.execute(_CANDIDATES)
 
 
 def downgrade() -> None:
     op.execute("DROP FUNCTION chiffon_silence_candidates")
+    op.drop_column("ingest_path", "clock_set_back_at")
     op.drop_index("idx_agent_registry_marked", table_name="agent_registry")
     op.drop_index("idx_agent_registry_lease", table_name="agent_registry")
     op.drop_index("idx_agent_registry_pool_offers", table_name="agent_registry")

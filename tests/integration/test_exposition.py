@@ -115,6 +115,7 @@ async def test_an_orchestrator_is_ready_while_it_consumes(broker: str, database_
             [
                 "[+]broker ok",
                 "[+]consumer ok",
+                "[+]questions ok",
                 "[+]database ok",
                 "[+]migrations ok",
                 "readyz check passed",

@@ -160,6 +160,26 @@ async def test_farewells_are_no_outage(registry: Registry, database: Connection)
     assert [one.agent_id for one in swept.transitions] == [agents[8]]
 
 
+async def test_after_the_clock_was_set_back_a_little_the_dead_are_found_as_soon_as_ever(
+    registry: Registry, database: Connection
+) -> None:
+    dead, *_ = await fleet(registry, "desks", 10)
+    # The last canary and the last heartbeat are a minute ahead of the clock now.
+    await database.execute("UPDATE ingest_path SET fresh_at = now() + interval '60 seconds'")
+    await silence(database, [dead], -60)
+    await registry.mark_path_fresh(time.monotonic())
+    assert (await registry.mark_silent()).transitions == [], "its grace is over too early"
+
+    await database.execute(
+        "UPDATE ingest_path SET grace_until = now(),"
+        " fresh_since = now() - $1 * interval '1 second'",
+        MARKED_AFTER + 1,
+    )
+    swept = await registry.mark_silent()
+
+    assert [one.agent_id for one in swept.transitions] == [dead]
+
+
 async def test_those_silent_in_a_frozen_pool_leave_the_index_of_offers_until_they_speak(
     registry: Registry, database: Connection
 ) -> None:
@@ -178,6 +198,7 @@ async def test_those_silent_in_a_frozen_pool_leave_the_index_of_offers_until_the
         return {offer.agent_id for offer in answer.agents}
 
     assert (await registry.mark_silent()).frozen == ["desks"]
+    await registry.mark_silent()
     assert await lapsed() == set(desks[:6])
     assert await offered() == {*desks[6:], other[1]}
 

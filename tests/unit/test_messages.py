@@ -336,7 +336,16 @@ PLACES = [*((name,) for name in BODY), *(("resources", name) for name in BODY["r
 @given(
     st.lists(st.tuples(st.sampled_from(PLACES), st.none() | JSON), max_size=3),
     st.booleans(),
-    st.sampled_from([KEY, KEY.upper(), "heartbeat.p.relay.r", KEY.replace("-", ""), "heartbeat.x"]),
+    st.sampled_from(
+        [
+            KEY,
+            KEY.upper(),
+            "heartbeat.p.relay.r",
+            KEY.replace("-", ""),
+            f"{KEY.replace('-', '')}----",
+            "heartbeat.x",
+        ]
+    ),
 )
 def test_reading_in_one_go_takes_and_refuses_what_reading_in_steps_does(
     changes: list[tuple[tuple[str, ...], Any]], is_array: bool, key: str
