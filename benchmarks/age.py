@@ -16,6 +16,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from uuid import UUID
 
+from benchmarks.capacity import first_answer
 from benchmarks.stage import Fleet, Stage, percentiles, process, publish, staged, where
 from chiffon.bus import Publisher, publish_heartbeat
 from chiffon.link import Link
@@ -38,6 +39,7 @@ async def ages(stage: Stage, probes: int) -> tuple[list[float], list[float]]:
         planner = await stack.enter_async_context(PlannerClient.open(stage.amqp_url))
         link = await stack.enter_async_context(Link(stage.amqp_url, name="benchmark probes"))
         publisher = Publisher(link)
+        await first_answer(planner, query)
         agent_id = UUID(int=7, version=4)
         for sequence in range(1, probes + 1):
             reading = {"cpu_cores_available": sequence % 17, "cpu_cores_physical": 17}

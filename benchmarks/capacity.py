@@ -13,7 +13,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +25,9 @@ import httpx
 from benchmarks.stage import Fleet, Stage, percentiles, process, publish, staged, where
 from chiffon.embedded.children import free_port
 from chiffon.encoding import encode
-from chiffon.errors import CapacityRefused
+from chiffon.errors import CapacityError, CapacityRefused
 from chiffon.messages import (
+    CapacityOffers,
     CapacityQuery,
     CapacityReserve,
     ReservationRelease,
@@ -45,6 +46,7 @@ QUESTIONS = {
     "cores that few have": CapacityQuery(min_cpu_cores=64, limit=10),
 }
 ALONE, MANY = 1, 32
+STATES = ("alone", "loaded", "silent")
 HEARTBEATS = 2_000
 
 # All is drawn by the database, from a seed: a million rows come in half a minute.
@@ -138,7 +140,7 @@ async def answering(stage: Stage, stack: AsyncExitStack) -> AsyncIterator[dict[s
     stack.enter_context(process((sys.executable, "-m", "chiffon", "orchestrator", "run"), stage))
     planner = await stack.enter_async_context(PlannerClient.open(stage.amqp_url))
     question = QUESTIONS["no filter"]
-    sample = await _first_answer(planner, question)
+    sample = await first_answer(planner, question)
     (folder / "answer.json").write_bytes(encode(sample))
     aside = await _aside(stage)
     stack.enter_context(
@@ -149,7 +151,7 @@ async def answering(stage: Stage, stack: AsyncExitStack) -> AsyncIterator[dict[s
         )
     )
     echo = await stack.enter_async_context(PlannerClient.open(aside.amqp_url))
-    await _first_answer(echo, question)
+    await first_answer(echo, question)
     port = free_port()
     stack.enter_context(
         process(
@@ -176,14 +178,18 @@ def _find(planner: PlannerClient, query: CapacityQuery) -> Ask:
     return lambda: planner.find(query, timeout=30)
 
 
-async def _first_answer(planner: PlannerClient, query: CapacityQuery):  # type: ignore[no-untyped-def]
-    async def answer():  # type: ignore[no-untyped-def]
+async def first_answer(planner: PlannerClient, query: CapacityQuery) -> CapacityOffers:
+    """Return the first answer, waiting for whoever gives it to start."""
+
+    async def answer() -> CapacityOffers | None:
         try:
             return await planner.find(query, timeout=2)
-        except Exception:
+        except CapacityError:
             return None
 
-    return await until(answer, "a first answer", 60)
+    found = await until(answer, "a first answer", 60)
+    assert found is not None
+    return found
 
 
 async def reserve(planner: PlannerClient) -> None:
@@ -240,7 +246,13 @@ async def _faststream(stage: Stage, stack: AsyncExitStack, query: CapacityQuery)
 
 
 async def measure(
-    stage: Stage, agents: int, seconds: float, callers: list[int], *, is_loaded: bool, plans: bool
+    stage: Stage,
+    agents: int,
+    seconds: float,
+    callers: Sequence[int],
+    states: Sequence[str],
+    *,
+    plans: bool = False,
 ) -> None:
     """Fill the registry, and ask everybody."""
     print(f"{agents} agents:{'':<36}callers      p50      p99    p99.9     p99/p50  beside echo")
@@ -250,7 +262,6 @@ async def measure(
             await _print_plans(database)
         async with AsyncExitStack() as stack, answering(stage, stack) as asks:
             table = Table()
-            states = ["alone", *(["loaded"] if is_loaded else []), "silent"]
             for state in states:
                 async with _state(stage, database, state, agents):
                     for label, ask in asks.items():
@@ -310,7 +321,7 @@ async def run(given: argparse.Namespace) -> None:
                 agents,
                 given.seconds,
                 given.callers,
-                is_loaded=not given.no_load,
+                given.states,
                 plans=given.plans,
             )
 
@@ -323,7 +334,7 @@ def main() -> None:
     )
     parser.add_argument("--callers", type=int, nargs="*", default=[ALONE, MANY])
     parser.add_argument("--seconds", type=float, default=3.0, help="for each cell of the table")
-    parser.add_argument("--no-load", action="store_true", help="without heartbeats")
+    parser.add_argument("--states", nargs="*", default=STATES, choices=STATES)
     parser.add_argument("--plans", action="store_true", help="print the query plans as well")
     parser.add_argument("--publish", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -6,11 +6,11 @@ They tell whether something is far off. What ``docs/performance.md`` says is mea
 benchmarks themselves.
 """
 
-import argparse
 import asyncio
 from importlib.util import find_spec
 
 from benchmarks import capacity, ingest, sweep
+from benchmarks.stage import staged
 
 
 async def run() -> None:
@@ -21,10 +21,8 @@ async def run() -> None:
     print("heartbeats committed by one process:")
     await ingest.run(10_000, names, rounds=1, scale=0.3, seconds=5.0)
     print("\nanswers to a planner:")
-    sizes = argparse.Namespace(
-        agents=[10_000], seconds=0.7, callers=[1, 32], no_load=True, plans=False
-    )
-    await capacity.run(sizes)
+    async with staged() as stage:
+        await capacity.measure(stage, 10_000, 0.7, [1, 32], ["alone"])
     print("\nsweeps:")
     await sweep.measure(100_000, with_outages=False)
 

@@ -67,20 +67,21 @@ async def measure(agents: int, *, with_outages: bool) -> None:
             await database.execute("VACUUM ANALYZE agent_registry")
             print(f"{agents} agents:", flush=True)
             async with Registry.open(server.url) as registry:
-                await _sweep_all(database, Sweeps(database, registry), with_outages)
+                few = max(agents // 1_000, 3)
+                await _sweep_all(database, Sweeps(database, registry), few, with_outages)
             await database.close()
 
 
 async def _sweep_all(
-    database: "asyncpg.Connection[asyncpg.Record]", sweeps: Sweeps, with_outages: bool
+    database: "asyncpg.Connection[asyncpg.Record]", sweeps: Sweeps, few: int, with_outages: bool
 ) -> None:
     await sweeps.run("nobody silent", 10)
-    rows = await database.fetch("SELECT agent_id FROM agent_registry LIMIT 100")
+    rows = await database.fetch("SELECT agent_id FROM agent_registry LIMIT $1", few)
     closings = [Closing(row["agent_id"], 2.0, True, False) for row in rows]
-    await sweeps.run("100 connections closed", 3, closings)
-    some = "agent_id IN (SELECT agent_id FROM agent_registry WHERE pool_name = $1 LIMIT 100)"
-    await database.execute(SILENT + some, "pool-3")
-    await sweeps.run("100 silent", 3)
+    await sweeps.run(f"{few} connections closed", 3, closings)
+    some = "agent_id IN (SELECT agent_id FROM agent_registry WHERE pool_name = $1 LIMIT $2)"
+    await database.execute(SILENT + some, "pool-3", few)
+    await sweeps.run(f"{few} of one pool silent", 3)
     if with_outages:
         await database.execute(SILENT + "pool_name = $1", "pool-4")
         await sweeps.run("a twentieth of them silent: held", 5)
