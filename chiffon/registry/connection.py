@@ -114,7 +114,7 @@ async def pool(
 
 
 async def _leave(_: object) -> None:
-    """Give a connection back as it is: nothing here changes a session, and a reset is a round trip.
+    """Give a connection back as it is.
 
-    As long as most questions take.
+    Nothing here changes a session, and a reset is a round trip, as long as most questions take.
     """
