@@ -158,8 +158,8 @@ async def publish_heartbeat(publisher: Publisher, update: StatusUpdate) -> None:
     )
 
 
-async def acknowledge(message: DeliveredMessage, *, multiple: bool = False) -> None:
-    """Acknowledge a delivery, and with ``multiple`` all before it on its channel.
+async def acknowledge(message: DeliveredMessage) -> None:
+    """Acknowledge a delivery.
 
     Raises:
         BusUnavailable: Its connection is gone: the broker delivers it again.
@@ -167,7 +167,7 @@ async def acknowledge(message: DeliveredMessage, *, multiple: bool = False) -> N
     with translated("acknowledging"):
         # On a dying connection the library's queue is full and nobody empties it any more.
         async with asyncio.timeout(CLOSE_SECONDS):
-            await message.channel.basic_ack(_tag(message), multiple=multiple)
+            await message.channel.basic_ack(_tag(message))
 
 
 async def reject(message: DeliveredMessage) -> None:
