@@ -38,7 +38,7 @@ ANSWER_SECONDS = 5.0
 class _Closed:
     at: float
     is_known: bool
-    is_open: bool = False
+    is_line: bool
 
 
 class Closings:
@@ -65,7 +65,7 @@ class Closings:
         for agent_id in old:
             del self._closed[agent_id]
         return [
-            Closing(agent_id, now - one.at, one.is_known, one.is_open)
+            Closing(agent_id, now - one.at, one.is_known, one.is_line)
             for agent_id, one in self._closed.items()
         ]
 
@@ -121,14 +121,26 @@ class Closings:
             return  # not an agent
         pid = str(headers.get("pid"))
         if message.routing_key == "connection.created":
-            self._open[agent_id].add(pid)
-            if agent_id in self._closed:
-                self._closed[agent_id].is_open = True
-            return
+            self.opened(agent_id, pid)
+        else:
+            self.closed(agent_id, pid)
+
+    def opened(self, agent_id: UUID, pid: str) -> None:
+        """Note that an agent opened the connection that the broker calls ``pid``."""
+        self._open[agent_id].add(pid)
+        if agent_id in self._closed:
+            self._closed[agent_id].is_line = True
+
+    def closed(self, agent_id: UUID, pid: str) -> None:
+        """Note that an agent's connection closed; it counts if the agent has no other."""
         is_known = pid in self._open[agent_id]
         self._open[agent_id].discard(pid)
         if self._open[agent_id]:
-            return  # it has another
+            return
         del self._open[agent_id]
-        self._closed[agent_id] = _Closed(time.monotonic(), is_known)
+        now = time.monotonic()
+        # Whoever lost another connection just before has a bad line, or is one of many that dial.
+        before = self._closed.get(agent_id)
+        is_again = before is not None and now - before.at < FORGET_SECONDS
+        self._closed[agent_id] = _Closed(now, is_known, is_again)
         asyncio.get_running_loop().call_later(SETTLE_SECONDS, self.due.set)

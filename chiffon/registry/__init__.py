@@ -214,7 +214,7 @@ class Registry:
                 [one.agent_id for one in closings],
                 [one.seconds_ago for one in closings],
                 [one.is_known for one in closings],
-                [one.is_open for one in closings],
+                [one.is_line for one in closings],
                 liveness.BURST_SHARE,
                 liveness.BURST_SECONDS,
                 liveness.OUTAGE_OVER_SHARE,

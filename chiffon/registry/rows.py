@@ -61,14 +61,14 @@ class Closing:
     """An agent's only connection, which closed.
 
     ``is_known``: we saw that connection being opened, and so know that it was the only one. Of
-    others an agent is given time for another heartbeat. ``is_open``: it has opened another since,
-    so this tells only of the line.
+    others an agent is given time for another heartbeat. ``is_line``: it has opened another since,
+    or dials again and again, so this tells only of the line.
     """
 
     agent_id: UUID
     seconds_ago: float
     is_known: bool
-    is_open: bool = False
+    is_line: bool = False
 
 
 @dataclass(frozen=True, slots=True)

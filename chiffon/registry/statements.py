@@ -154,10 +154,10 @@ UPDATE agent_registry r SET lapsed_heartbeat_at = r.last_heartbeat_at
 
 # One statement on one snapshot: who is silent, whether that is the outage of a pool, and whom to
 # mark. An agent whose connection closed ($4, $5 seconds ago) and which has said nothing since then
-# is as silent as one that let its lease pass. If its connections are known ($6) it has 1.5 s to
-# open another, else time for one more heartbeat. When many closed at about that time, those that
-# opened another since ($7) included, it was the line that broke: then the lease alone tells. So it
-# does while some agent's grace is running: those who all dial at once lose a connection or two.
+# is as silent as one that let its lease pass. It has 1.5 s to open another, and if its connections
+# are not known ($6) time for one more heartbeat. When many closed at about that time, those that
+# tell of the line alone ($7) included, it was the line that broke: then the lease alone tells. So
+# it does while some agent's grace is running: those who all dial at once lose a connection or two.
 # After an absence of the path, a pool of which too many ($10) have not been heard since is still
 # in the outage: a broker that a whole fleet dials may take longer than a lease to let all in.
 #
@@ -172,13 +172,13 @@ WITH path AS (
   SELECT pool_name, count(*) AS members, sum(count(*)) OVER () AS everybody
     FROM agent_registry WHERE status IN ('online', 'busy') GROUP BY pool_name
 ), nearby AS (
-  SELECT c.agent_id, c.seconds, c.is_known, c.is_open, r.pool_name,
+  SELECT c.agent_id, c.seconds, c.is_known, c.is_line, r.pool_name,
          count(*) OVER around AS closings,
          count(*) OVER (PARTITION BY r.pool_name ORDER BY c.seconds
                         RANGE BETWEEN $9::float8 PRECEDING AND $9::float8 FOLLOWING)
            AS closings_in_pool
     FROM unnest($4::uuid[], $5::float8[], $6::bool[], $7::bool[])
-           AS c (agent_id, seconds, is_known, is_open)
+           AS c (agent_id, seconds, is_known, is_line)
     JOIN agent_registry r USING (agent_id)
   WINDOW around AS (
     ORDER BY c.seconds RANGE BETWEEN $9::float8 PRECEDING AND $9::float8 FOLLOWING)
@@ -191,7 +191,7 @@ WITH path AS (
            THEN closings_in_pool > $8::float8 * (
              SELECT members FROM sizes WHERE sizes.pool_name = nearby.pool_name)
            ELSE false END AS is_burst
-    FROM nearby WHERE NOT is_open
+    FROM nearby WHERE NOT is_line
 ), candidates AS MATERIALIZED (
   SELECT agent_id FROM chiffon_silence_candidates() AS c (agent_id)
   UNION
@@ -204,7 +204,7 @@ WITH path AS (
          coalesce(r.last_heartbeat_at < path.fresh_since, true) AS is_unheard,
          coalesce(c.closed_at > greatest(path.grace_until, s.thawed_at)
                   AND r.last_heartbeat_at < c.closed_at, false) AS is_closed,
-         c.seconds >= CASE WHEN c.is_known THEN 1.5 ELSE r.interval_seconds * 1.25 END
+         c.seconds >= greatest(1.5, CASE WHEN NOT c.is_known THEN r.interval_seconds * 1.25 END)
            AS is_settled,
          coalesce(c.is_burst, false) AS is_burst
     FROM candidates JOIN agent_registry r USING (agent_id) CROSS JOIN path

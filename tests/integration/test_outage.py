@@ -309,6 +309,22 @@ async def test_a_closed_connection_is_silence_unless_something_came_since(
     assert len((await registry.mark_silent(late)).transitions) == 1
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+async def test_however_often_an_agent_speaks_it_has_time_to_dial_again(
+    registry: Registry, database: Connection, is_known: bool
+) -> None:
+    quick = update(interval_seconds=0.5)
+    await registry.record([Receipt(quick, time.monotonic())])
+    await silence(database, [quick.agent_id], 2.0)
+
+    async def marked(seconds_ago: float) -> list[UUID]:
+        closings = [closing(quick.agent_id, seconds_ago, is_known)]
+        return [one.agent_id for one in (await registry.mark_silent(closings)).transitions]
+
+    assert await marked(1.4) == []
+    assert await marked(1.6) == [quick.agent_id]
+
+
 async def test_many_connections_that_close_at_once_are_an_outage(
     registry: Registry, database: Connection
 ) -> None:
