@@ -9,7 +9,6 @@ publishing. Everything else that is done with the broker is done with the librar
 import asyncio
 import logging
 import ssl
-import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
@@ -20,14 +19,14 @@ from pamqp.commands import Connection as Amqp
 
 from chiffon.errors import BusRefused, BusUnavailable, TopologyMissing
 from chiffon.frames import (
-    HEARTBEAT,
     MAX_FRAME_BYTES,
-    BadFrame,
     Delivery,
     Frames,
+    Method,
     acknowledgement,
     rejection,
 )
+from chiffon.peer import Peer
 from chiffon.session import DIAL_SECONDS, HEARTBEAT_SECONDS, Connection, place
 
 log = logging.getLogger(__name__)
@@ -46,20 +45,17 @@ Take = Callable[[list[Delivery], float], None]
 Answer = TypeVar("Answer")
 
 
-class Consumer(Connection, asyncio.Protocol):
+class Consumer(Connection, Peer):
     """A connection that consumes. Made by ``dial``."""
 
     def __init__(self, where: str) -> None:
-        super().__init__(where)
-        self._frames = Frames(CHANNEL)
-        self._transport: asyncio.Transport | None = None
+        Connection.__init__(self, where)
+        Peer.__init__(self, Frames(), f"the broker at {where}")
         self._answer: asyncio.Future[Any] | None = None
         self._asking = asyncio.Lock()
         self._refusal: BusUnavailable | None = None
         self._take: Take | None = None
         self._tag = ""
-        self._heard = self._spoke = time.monotonic()
-        self._beating: asyncio.TimerHandle | None = None
 
     async def consume(self, queue: str, *, prefetch: int, take: Take) -> None:
         """Start to consume; a connection does so once.
@@ -93,11 +89,11 @@ class Consumer(Connection, asyncio.Protocol):
 
         On a connection that is gone nothing is done: the broker delivers them again.
         """
-        self._write(acknowledgement(tag, CHANNEL))
+        self.write(acknowledgement(tag, CHANNEL))
 
     def reject(self, tag: int) -> None:
         """Give one delivery back for good: the broker sets it aside."""
-        self._write(rejection(tag, CHANNEL))
+        self.write(rejection(tag, CHANNEL))
 
     async def close(self) -> None:  # noqa: D102
         self.drop("closed by us")
@@ -110,76 +106,46 @@ class Consumer(Connection, asyncio.Protocol):
         finally:
             self.abort()
 
-    def abort(self) -> None:
-        """End the connection without a word."""
+    def abort(self) -> None:  # noqa: D102
         self.drop("closed by us")
-        if self._transport is not None:
-            self._transport.abort()
+        super().abort()
 
     def drop(self, reason: str) -> None:  # noqa: D102
-        if self._beating is not None:
-            self._beating.cancel()
+        self.stop_beating()
         super().drop(reason)
 
-    # What follows is for the event loop and for `dial`.
+    def on_messages(self, deliveries: list[Delivery], received: float) -> None:  # noqa: D102
+        if self._take is not None and not self.lost.done():
+            self._take(deliveries, received)
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:  # noqa: D102
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-
-    def eof_received(self) -> None:  # noqa: D102
-        self._fail(BusUnavailable("the connection broke: closed by the broker"))
-
-    def connection_lost(self, error: Exception | None) -> None:  # noqa: D102
-        self._fail(BusUnavailable(f"the connection broke: {error or 'closed by the broker'}"))
-
-    def data_received(self, data: bytes) -> None:  # noqa: D102
-        self._heard = time.monotonic()
-        try:
-            deliveries, methods = self._frames.read(data)
-            if deliveries and self._take is not None and not self.lost.done():
-                self._take(deliveries, self._heard)
-            for method in methods:
-                self._on_method(method)
-        except BadFrame as error:
-            self._fail(error)
-        except Exception as error:
-            # A bug must end this connection and not only stop it from being read.
-            log.exception("taking deliveries failed")
-            self._fail(BusUnavailable(f"taking deliveries failed: {error!r}"))
-
-    def _on_method(self, method: Any) -> None:
-        if isinstance(method, Amqp.Close):
-            self._write(frame.marshal(Amqp.CloseOk(), 0))
-            self._fail(self._refused(method.reply_code, method.reply_text))
-        elif isinstance(method, Channel.Close):
-            self._write(frame.marshal(Channel.CloseOk(), CHANNEL))
-            self._fail(self._refused(method.reply_code, method.reply_text))
-        elif isinstance(method, Basic.Cancel):
-            self._fail(BusUnavailable("the broker cancelled the consumer: its queue is gone"))
-        elif isinstance(method, Amqp.Blocked | Amqp.Unblocked):
+    def on_method(self, method: Method) -> None:  # noqa: D102
+        came = method.frame
+        if isinstance(came, Amqp.Close):
+            self.write(frame.marshal(Amqp.CloseOk(), 0))
+            self.fail(self._refused(came.reply_code, came.reply_text))
+        elif isinstance(came, Channel.Close):
+            self.write(frame.marshal(Channel.CloseOk(), CHANNEL))
+            self.fail(self._refused(came.reply_code, came.reply_text))
+        elif isinstance(came, Basic.Cancel):
+            self.fail(BusUnavailable("the broker cancelled the consumer: its queue is gone"))
+        elif isinstance(came, Amqp.Blocked | Amqp.Unblocked):
             log.debug("an alarm stops publishers, or no more: acknowledgements are read as before")
         elif self._answer is not None and not self._answer.done():
-            self._answer.set_result(method)
+            self._answer.set_result(came)
         else:
-            log.debug("not asked for: %s", type(method).__name__)
+            log.debug("not asked for: %s", type(came).__name__)
+
+    def fail(self, error: BusUnavailable) -> None:  # noqa: D102
+        self._refusal = self._refusal or error
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(self._refusal)
+        self.drop(str(error))
 
     def _refused(self, code: int | None, text: str | None) -> BusUnavailable:
         kinds = {_ACCESS_REFUSED: BusRefused, _NOT_FOUND: TopologyMissing}
         return kinds.get(code or 0, BusUnavailable)(
             f"the broker at {self.where} says {text} ({code})"
         )
-
-    def _fail(self, error: BusUnavailable) -> None:
-        self._refusal = self._refusal or error
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(self._refusal)
-        self.drop(str(error))
-
-    def _write(self, data: bytes) -> None:
-        if self._transport is not None and not self._transport.is_closing():
-            self._spoke = time.monotonic()
-            self._transport.write(data)
 
     async def _ask(self, method: Any, answer: type[Answer], *, channel: int = CHANNEL) -> Answer:
         """Send a method and wait for its answer; one is asked at a time."""
@@ -191,7 +157,7 @@ class Consumer(Connection, asyncio.Protocol):
         if transport is None or transport.is_closing() or self._refusal is not None:
             raise self._refusal or BusUnavailable("the connection is closed")
         self._answer = asyncio.get_running_loop().create_future()
-        self._write(after)
+        self.write(after)
         try:
             async with asyncio.timeout(DIAL_SECONDS):
                 got = await self._answer
@@ -230,8 +196,8 @@ class Consumer(Connection, asyncio.Protocol):
         largest = min(tune.frame_max or MAX_FRAME_BYTES, MAX_FRAME_BYTES)
         self._frames.max_frame_bytes = largest
         seconds = int(query.get("heartbeat", [str(HEARTBEAT_SECONDS)])[0])
-        self._write(frame.marshal(Amqp.TuneOk(CHANNEL, largest, seconds), 0))
-        self._beat(seconds)
+        self.write(frame.marshal(Amqp.TuneOk(CHANNEL, largest, seconds), 0))
+        self.beat(seconds)
         vhost = unquote(parts.path.removeprefix("/")) or "/"
         try:
             await self._ask(Amqp.Open(vhost), Amqp.OpenOk, channel=0)
@@ -241,18 +207,6 @@ class Consumer(Connection, asyncio.Protocol):
                 f"the broker at {self.where} would not open virtual host {vhost!r}: {error}"
             ) from None
         await self._ask(Channel.Open(), Channel.OpenOk)
-
-    def _beat(self, seconds: float) -> None:
-        """Send AMQP heartbeats, and take a peer for dead of which nothing came for two of them."""
-        if not seconds:
-            return
-        now = time.monotonic()
-        if now - self._heard > 2 * seconds:
-            self._fail(BusUnavailable(f"the broker at {self.where} is silent for {2 * seconds} s"))
-            return
-        if now - self._spoke >= seconds / 2:
-            self._write(HEARTBEAT)
-        self._beating = asyncio.get_running_loop().call_later(seconds / 4, self._beat, seconds)
 
 
 async def dial(url: str, name: str) -> Consumer:

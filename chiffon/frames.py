@@ -1,9 +1,9 @@
-"""AMQP 0-9-1 frames to deliveries: the part of the protocol that a consumer of heartbeats reads.
+"""AMQP 0-9-1 frames to messages: the part of the protocol that a reader of heartbeats needs.
 
-A delivery is three kinds of frames, and at thousands a second decoding each field of each of them
-is most of a consumer's work. Here only what ingest needs is read: the tag, the names, the body.
+A message is three kinds of frames, and at thousands a second decoding each field of each of them
+is most of a reader's work. Here only what ingest needs is read: the tag, the names, the body.
 Properties are decoded once for all messages that have the same bytes, which a fleet's heartbeats
-have; everything but deliveries is left to pamqp. No I/O.
+have; everything but messages is left to pamqp. No I/O.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ _METHOD, _HEADER, _BODY, _HEARTBEAT = 1, 2, 3, 8
 _END = 0xCE
 _FRAME = Struct(">BHI")  # kind, channel, size of the payload
 _OVERHEAD = _FRAME.size + 1
-_BASIC_DELIVER = (60 << 16) | 60
+_BASIC_PUBLISH, _BASIC_DELIVER = (60 << 16) | 40, (60 << 16) | 60
 _METHOD_ID = Struct(">I")
 _TAG = Struct(">Q")
 _CONTENT = Struct(">HHQ")  # class, weight, size of the body
@@ -39,13 +39,25 @@ decoding.install()
 
 
 class Delivery(NamedTuple):
-    """A message as the broker gave it to a consumer; ``tag`` is what it is acknowledged by."""
+    """A message as it came; ``tag`` is what a consumer acknowledges it by, 0 from a publisher."""
 
     tag: int
     exchange: str
     routing_key: str
     header: ContentHeader
     body: bytes
+    channel: int = 1
+
+
+class Method(NamedTuple):
+    """Whatever came that is no part of a message, as pamqp has it.
+
+    ``after`` is how many messages of the same piece came before it.
+    """
+
+    channel: int
+    after: int
+    frame: Any
 
 
 class BadFrame(BusUnavailable):
@@ -65,70 +77,76 @@ class _Content:
 
 
 class Frames:
-    """Reads the frames of one connection with one channel, in whatever pieces they come."""
+    """Reads the frames of one connection, in whatever pieces they come.
 
-    def __init__(self, channel: int = 1) -> None:
+    Args:
+        channels: On which there may be messages.
+        of_publisher: Whether a publisher is at the other end, and not the broker.
+        max_body_bytes: The largest message to read.
+    """
+
+    def __init__(
+        self,
+        channels: range = range(1, 2),
+        *,
+        of_publisher: bool = False,
+        max_body_bytes: int = 2**63,
+    ) -> None:
         self.max_frame_bytes = MAX_FRAME_BYTES
-        self._channel = channel
+        self._channels = channels
+        self._method_of_messages = _BASIC_PUBLISH if of_publisher else _BASIC_DELIVER
+        self._begin = _published if of_publisher else _delivered
+        self._max_body_bytes = max_body_bytes
         self._rest = b""
-        self._content: _Content | None = None
+        self._contents: dict[int, _Content] = {}
         self._headers: dict[bytes, ContentHeader] = {}
 
-    def read(self, data: bytes) -> tuple[list[Delivery], list[Any]]:
+    def read(self, data: bytes) -> tuple[list[Delivery], list[Method]]:
         """Return what became whole with ``data``.
 
         Returns:
-            Deliveries, and the other methods as pamqp has them, each in their order.
+            Messages, and the other methods, each in their order.
 
         Raises:
             BadFrame: Not AMQP, or out of its order. Nothing that follows can be read.
         """
         deliveries: list[Delivery] = []
-        methods: list[Any] = []
+        methods: list[Method] = []
         if self._rest:
             data = self._rest + data
-        at, end = 0, len(data)
         try:
-            while end - at >= _OVERHEAD:
-                kind, channel, size = _FRAME.unpack_from(data, at)
-                last = at + _FRAME.size + size
-                if size + _OVERHEAD > self.max_frame_bytes:
-                    raise BadFrame(f"a frame of {size} bytes; at most {self.max_frame_bytes}")
-                if last >= end:
-                    break
-                if data[last] != _END:
-                    raise BadFrame("a frame without its end")
-                if kind == _METHOD:
-                    self._on_method(data, at, last, channel, methods)
-                else:
-                    self._continue(kind, channel, data, at + 7, last, deliveries)
-                at = last + 1
+            at = self._read(data, deliveries, methods)
         except (StructError, IndexError) as error:
             raise BadFrame(f"a frame that is too short: {error}") from None
         self._rest = data[at:]
         return deliveries, methods
 
-    def _on_method(self, data: bytes, at: int, last: int, channel: int, methods: list[Any]) -> None:
-        if _METHOD_ID.unpack_from(data, at + 7)[0] != _BASIC_DELIVER:
-            methods.append(_method(data[at : last + 1]))
-            return
-        if self._content is not None or channel != self._channel:
-            raise BadFrame("a delivery in the midst of another, or on no channel of ours")
-        place = at + 11
-        place += 1 + data[place]  # the consumer's tag: there is only one
-        tag = _TAG.unpack_from(data, place)[0]
-        place += 9  # and whether it is delivered again, which changes nothing
-        start = place + 1
-        place = start + data[place]
-        exchange = data[start:place]
-        start = place + 1
-        place = start + data[place]
-        if place != last:
-            raise BadFrame("a delivery that is longer or shorter than it says")
-        key = data[start:place]
-        self._content = _Content(
-            tag, exchange.decode(errors="replace"), key.decode(errors="replace"), []
-        )
+    def _read(self, data: bytes, deliveries: list[Delivery], methods: list[Method]) -> int:
+        """Read whole frames, and return where the rest begins."""
+        at, end = 0, len(data)
+        while end - at >= _OVERHEAD:
+            kind, channel, size = _FRAME.unpack_from(data, at)
+            last = at + _FRAME.size + size
+            if size + _OVERHEAD > self.max_frame_bytes:
+                raise BadFrame(f"a frame of {size} bytes; at most {self.max_frame_bytes}")
+            if last >= end:
+                break
+            if data[last] != _END:
+                raise BadFrame("a frame without its end")
+            if kind != _METHOD:
+                self._continue(kind, channel, data, at + 7, last, deliveries)
+            elif not self._begins(data, at + 7, last, channel):
+                methods.append(Method(channel, len(deliveries), _method(data[at : last + 1])))
+            at = last + 1
+        return at
+
+    def _begins(self, data: bytes, at: int, last: int, channel: int) -> bool:
+        if _METHOD_ID.unpack_from(data, at)[0] != self._method_of_messages:
+            return False
+        if channel in self._contents or channel not in self._channels:
+            raise BadFrame("a message in the midst of another, or on no open channel")
+        self._contents[channel] = self._begin(data, at + 4, last)
+        return True
 
     def _continue(
         self,
@@ -141,9 +159,9 @@ class Frames:
     ) -> None:
         if kind == _HEARTBEAT:
             return
-        content = self._content
-        if content is None or channel != self._channel:
-            raise BadFrame(f"a frame of kind {kind} that belongs to no delivery")
+        content = self._contents.get(channel)
+        if content is None:
+            raise BadFrame(f"a frame of kind {kind} that belongs to no message")
         if content.header is None:
             self._head(content, kind, data[start:last])
         elif kind != _BODY or not 0 < last - start <= content.missing:
@@ -153,12 +171,14 @@ class Frames:
             content.parts.append(data[start:last])
         if content.missing:
             return
-        self._content = None
+        del self._contents[channel]
         assert content.header is not None
         parts = content.parts
         body = parts[0] if len(parts) == 1 else b"".join(parts)
         deliveries.append(
-            Delivery(content.tag, content.exchange, content.routing_key, content.header, body)
+            Delivery(
+                content.tag, content.exchange, content.routing_key, content.header, body, channel
+            )
         )
 
     def _head(self, content: _Content, kind: int, payload: bytes) -> None:
@@ -167,6 +187,8 @@ class Frames:
         class_id, _, content.missing = _CONTENT.unpack_from(payload)
         if class_id != _BASIC_CLASS:
             raise BadFrame(f"a header of class {class_id}")
+        if content.missing > self._max_body_bytes:
+            raise BadFrame(f"a body of {content.missing} bytes; at most {self._max_body_bytes}")
         content.header = self._header(payload[_CONTENT.size :])
 
     def _header(self, properties: bytes) -> ContentHeader:
@@ -186,6 +208,32 @@ class Frames:
         return header
 
 
+def _delivered(data: bytes, place: int, last: int) -> _Content:
+    """Read what the broker says of a message before its header and body."""
+    place += 1 + data[place]  # the consumer's tag: there is only one
+    tag = _TAG.unpack_from(data, place)[0]
+    place += 9  # and whether it is delivered again, which changes nothing
+    return _begun(tag, data, place, last)
+
+
+def _published(data: bytes, place: int, last: int) -> _Content:
+    """Read what a publisher says of a message before its header and body."""
+    # A reserved number before the names, and after them whether it must be routed: it must.
+    return _begun(0, data, place + 2, last - 1)
+
+
+def _begun(tag: int, data: bytes, place: int, last: int) -> _Content:
+    start = place + 1
+    place = start + data[place]
+    exchange = data[start:place]
+    start = place + 1
+    place = start + data[place]
+    if place != last:
+        raise BadFrame("a message that is longer or shorter than it says")
+    key = data[start:place]
+    return _Content(tag, exchange.decode(errors="replace"), key.decode(errors="replace"), [])
+
+
 def _method(data: bytes) -> Any:
     try:
         return pamqp.unmarshal(data)[2]
@@ -194,13 +242,18 @@ def _method(data: bytes) -> Any:
 
 
 def acknowledgement(tag: int, channel: int = 1) -> bytes:
-    """Return the frame that acknowledges a delivery and all before it."""
+    """Return the frame that acknowledges a message and all before it: a delivery, a publish."""
     return _ANSWER.pack(_METHOD, channel, 13, (60 << 16) | 80, tag, 1, _END)
 
 
 def rejection(tag: int, channel: int = 1) -> bytes:
     """Return the frame that gives one delivery back for good: the broker sets it aside."""
     return _ANSWER.pack(_METHOD, channel, 13, (60 << 16) | 90, tag, 0, _END)
+
+
+def refusal(tag: int, channel: int) -> bytes:
+    """Return the frame that tells a publisher that a message and all before it were not taken."""
+    return _ANSWER.pack(_METHOD, channel, 13, (60 << 16) | 120, tag, 1, _END)
 
 
 HEARTBEAT = bytes((_HEARTBEAT, 0, 0, 0, 0, 0, 0, _END))

@@ -23,7 +23,8 @@ from chiffon.events import Events
 from chiffon.frames import Delivery
 from chiffon.metrics import SECONDS
 from chiffon.reading import Reading
-from chiffon.registry import Receipt, Recorded, Registry, Stale
+from chiffon.receipt import Receipt
+from chiffon.registry import Recorded, Registry, Stale
 from chiffon.topology import INGEST
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from chiffon.encoding import Refusal, decode_heartbeats
 from chiffon.errors import BadMessage
 from chiffon.frames import Delivery
 from chiffon.messages import CANARY, STATUS_UPDATE
-from chiffon.registry import Receipt
+from chiffon.receipt import Receipt
 from chiffon.topology import HELD_HEADER
 
 LONGEST_HELD_SECONDS = 30 * 86_400.0

@@ -29,7 +29,7 @@ ORIGIN_KEY_HEADER = "chiffon-routing-key"
 SET_ASIDE_HEADER = "chiffon-set-aside-ms"
 """When, on the clock of who did it: unix milliseconds."""
 HELD_HEADER = "chiffon-held-ms"
-"""How long a replayed message had been set aside: it is that much older than it seems."""
+"""How long a message was held on its way, by a relay or set aside: it is that much older."""
 DEADLINE_HEADER = "x-deadline"
 
 
@@ -139,6 +139,11 @@ REPLY_FORMS = ("exclusive-queue", "direct-reply-to", "replies-exchange")
 def canary_key(orchestrator_id: UUID) -> str:
     """Return the routing key of an orchestrator's canary; it fits ``heartbeat.#``."""
     return f"heartbeat.chiffon.canary.{orchestrator_id}"
+
+
+def relay_key(pool_name: str, relay_name: str) -> str:
+    """Return the routing key of a relay's arrays; it binds nothing in them."""
+    return f"heartbeat.{pool_name}.relay.{relay_name}"
 
 
 def reply_route(reply_to: str | None, allowed: tuple[str, ...] = REPLY_FORMS) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from asyncpg.pool import PoolConnectionProxy
 from chiffon import liveness
 from chiffon.errors import TablesMissing
 from chiffon.messages import CapacityQuery, CapacityReserve, ResourceMetrics, StatusUpdate
+from chiffon.receipt import Receipt
 from chiffon.registry.connection import ANSWER_SECONDS, answering, asyncpg_url, pool
 from chiffon.registry.offers import (
     EXPLAIN,
@@ -36,7 +37,6 @@ from chiffon.registry.rows import (
     FleetSummary,
     Found,
     Misfits,
-    Receipt,
     Recorded,
     Stale,
     Swept,
@@ -68,7 +68,6 @@ __all__ = [
     "FleetSummary",
     "Found",
     "Misfits",
-    "Receipt",
     "Recorded",
     "Registry",
     "Stale",

@@ -4,12 +4,12 @@ import json
 import math
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import UUID
 
 import asyncpg
 
-from chiffon.messages import AgentStatus, StatusUpdate
+from chiffon.messages import AgentStatus
 
 
 def document(text: str) -> Any:
@@ -19,13 +19,6 @@ def document(text: str) -> Any:
     infinite here.
     """
     return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 400 else math.inf)
-
-
-class Receipt(NamedTuple):
-    """A heartbeat, and when this process received it: seconds of ``time.monotonic``."""
-
-    update: StatusUpdate
-    received: float
 
 
 @dataclass(frozen=True, slots=True)

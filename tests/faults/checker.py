@@ -19,8 +19,7 @@ class Report:
     of a row to an older heartbeat. ``false_offlines``: of agents that kept speaking.
     ``resurrections``: of ghosts. ``doubled``: transitions that were made twice. ``late``:
     questions that ended after their deadline. ``cut_off``: agents that the fault kept from
-    dialling, and that were rightly offline, as their connection closed. ``reasons``: of all that
-    were marked.
+    dialling, and that were rightly offline. ``reasons``: of all that were marked.
     """
 
     beats: int = 0
@@ -50,7 +49,9 @@ class Report:
         )
 
 
-async def suffer(lab: Lab, fault: Fault, *, cuts_lines: bool = False) -> Report:
+async def suffer(
+    lab: Lab, fault: Fault, *, cuts_lines: bool = False, outlasts_leases: bool = False
+) -> Report:
     """Let traffic run, inject a fault, heal it, and check what is left.
 
     Args:
@@ -58,6 +59,8 @@ async def suffer(lab: Lab, fault: Fault, *, cuts_lines: bool = False) -> Report:
         fault: Injects the fault, shows that it happened, and heals it, all before it returns.
         cuts_lines: Whether it keeps agents from dialling again within 1.5 s: they are rightly
             offline then, because their connection closed.
+        outlasts_leases: Whether an agent that has to dial again then needs longer than its lease:
+            it is rightly offline for its silence, too.
     """
     await until(lab.runs, "enough heartbeats before the fault")
     await until(lab.ghosts_rest, "the dead of earlier faults are offline")
@@ -87,7 +90,8 @@ async def suffer(lab: Lab, fault: Fault, *, cuts_lines: bool = False) -> Report:
     changes = await lab.changes()
     offlines = [one for one in changes if one.is_marking]
     wrong = [one for one in offlines if one.agent_id in living]
-    report.cut_off = sum(one.reason == "connection closed" for one in wrong) if cuts_lines else 0
+    rightly = ("connection closed",) * cuts_lines + ("missed",) * outlasts_leases
+    report.cut_off = sum(str(one.reason).startswith(rightly) for one in wrong)
     report.false_offlines = len(wrong) - report.cut_off
     report.reasons = sorted({str(one.reason) for one in wrong})
     report.marked = len(offlines) - len(wrong)

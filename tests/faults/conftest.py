@@ -74,8 +74,8 @@ def shown(record_property: Callable[[str, object], None]) -> Shown:
 def survives(shown: Shown) -> Survives:
     """Injects a fault and checks that nothing happened that may never be."""
 
-    async def check(system: Lab, name: str, fault: Fault, *, cuts_lines: bool = False) -> Report:
-        report = await suffer(system, fault, cuts_lines=cuts_lines)
+    async def check(system: Lab, name: str, fault: Fault, **excuses: bool) -> Report:
+        report = await suffer(system, fault, **excuses)
         shown(name, report)
         assert report.is_sound, report
         return report

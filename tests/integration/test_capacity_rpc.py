@@ -22,7 +22,8 @@ from chiffon.errors import (
 )
 from chiffon.messages import CapacityQuery
 from chiffon.planner import PlannerClient
-from chiffon.registry import Receipt, Registry
+from chiffon.receipt import Receipt
+from chiffon.registry import Registry
 from tests.fixtures import plain
 from tests.fixtures.caller import Caller
 from tests.fixtures.heartbeats import RESOURCES, update

@@ -11,7 +11,8 @@ from uuid import uuid4
 
 import pytest
 
-from chiffon.registry import Receipt, Registry
+from chiffon.receipt import Receipt
+from chiffon.registry import Registry
 from tests.fixtures.command import Done, commands
 from tests.fixtures.heartbeats import update
 from tests.fixtures.system import orchestrating

@@ -18,7 +18,8 @@ from chiffon.embedded.children import free_port
 from chiffon.errors import BadConfiguration
 from chiffon.exposition import Page, exposing
 from chiffon.planner import PlannerClient
-from chiffon.registry import Receipt, Registry
+from chiffon.receipt import Receipt
+from chiffon.registry import Registry
 from tests.fixtures import plain
 from tests.fixtures.gateway import samples, serving
 from tests.fixtures.heartbeats import update

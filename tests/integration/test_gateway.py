@@ -13,7 +13,8 @@ import pytest
 
 from chiffon.capacity import OrchestratorService
 from chiffon.messages import CapacityQuery
-from chiffon.registry import Receipt, Registry
+from chiffon.receipt import Receipt
+from chiffon.registry import Registry
 from tests.fixtures.gateway import samples, serving
 from tests.fixtures.heartbeats import RESOURCES, update
 from tests.fixtures.proxy import Proxy

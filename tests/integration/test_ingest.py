@@ -383,7 +383,7 @@ async def test_stopping_finishes_what_was_delivered(
 
 async def test_what_the_parser_takes_the_database_takes(database_url: str) -> None:
     """Odd but allowed values, all in one batch: PostgreSQL itself is the judge."""
-    from chiffon.registry import Receipt
+    from chiffon.receipt import Receipt
 
     odd = [
         update(hostname=""),

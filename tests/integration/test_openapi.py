@@ -16,7 +16,8 @@ from chiffon.gateway import examples
 from chiffon.gateway.api import CapacityAnswer
 from chiffon.gateway.app import openapi
 from chiffon.messages import AgentCapacity, Offer
-from chiffon.registry import Receipt, Registry
+from chiffon.receipt import Receipt
+from chiffon.registry import Registry
 from tests.fixtures.gateway import serving
 from tests.fixtures.heartbeats import update
 

@@ -9,7 +9,8 @@ import pytest
 
 from chiffon.capacity import OrchestratorService
 from chiffon.messages import CapacityQuery, StatusUpdate
-from chiffon.registry import Closing, Receipt, Registry
+from chiffon.receipt import Receipt
+from chiffon.registry import Closing, Registry
 from tests.fixtures.heartbeats import update
 
 Connection = Any

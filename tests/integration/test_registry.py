@@ -13,7 +13,8 @@ import pytest
 from chiffon import liveness
 from chiffon.errors import RegistryRefused, RegistryUnavailable, RowRefused
 from chiffon.messages import StatusUpdate
-from chiffon.registry import Receipt, Registry
+from chiffon.receipt import Receipt
+from chiffon.registry import Registry
 from tests.fixtures.heartbeats import RESOURCES, update
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"

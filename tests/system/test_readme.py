@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from chiffon.registry import Receipt, Registry
+from chiffon.receipt import Receipt
+from chiffon.registry import Registry
 from chiffon.settings import Settings
 from tests.fixtures.heartbeats import update
 from tests.fixtures.system import orchestrating
