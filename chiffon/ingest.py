@@ -32,6 +32,10 @@ log = logging.getLogger(__name__)
 AT_ONCE = 2
 """Batches in work: while the database commits one, the next is encoded and sent."""
 
+WAITING_STATEMENTS = 10
+"""A batch that waits for its turn grows to so many statements. Of more agents nothing is read until
+it is taken: what is prefetched counts messages, and an array of a relay holds a thousand agents."""
+
 FIRST_PAUSE_SECONDS = 0.05
 LONGEST_PAUSE_SECONDS = 2.0
 """Between two tries to commit while the database is away."""
@@ -167,7 +171,14 @@ class Ingest:
     @property
     def has_room(self) -> bool:
         """Whether the broker may deliver more before we acknowledge."""
-        return self._reading.messages + self._in_work < (AT_ONCE + 1) * self._batch_size
+        return (
+            self._reading.messages + self._in_work < (AT_ONCE + 1) * self._batch_size
+            and not self._is_brimful
+        )
+
+    @property
+    def _is_brimful(self) -> bool:
+        return len(self._reading.newest) >= WAITING_STATEMENTS * self._batch_size
 
     def drop(self, reason: str) -> None:
         """Give the connection up that consumes; another is dialled."""
@@ -180,8 +191,10 @@ class Ingest:
         self._heard = received
         self._reading.take(deliveries, received)
         self._arrived.set()
-        if self._reading.messages >= self._batch_size:
+        if max(self._reading.messages, len(self._reading.newest)) >= self._batch_size:
             self._full.set()
+        if self._is_brimful:
+            consumer.pause()
 
     async def run(self) -> None:
         """Commit and acknowledge batches until ``stop`` is called and all is committed."""
@@ -203,6 +216,8 @@ class Ingest:
         self._arrived.clear()
         self._full.clear()
         reading, self._reading = self._reading, Reading()
+        if self._consumer is not None:
+            self._consumer.resume()
         self._in_work += reading.messages
         task = group.create_task(self._finish(reading, self._consumer, before))
         task.add_done_callback(lambda _: self._free.release())

@@ -123,8 +123,8 @@ class Guest(Peer):
         if transport.get_write_buffer_size() > UNREAD_BYTES:
             log.warning("%s reads nothing of what it is told: cut off", self._who)
             self.abort()
-        elif not transport.is_reading() and not any(one.is_full for one in self._lanes.values()):
-            transport.resume_reading()
+        elif not any(one.is_full for one in self._lanes.values()):
+            self.resume()
 
     def tell_blocked(self, reason: str | None) -> None:
         """Ask the client to publish nothing for the time being; with ``None``, to go on."""
@@ -196,8 +196,8 @@ class Guest(Peer):
             else:
                 lane.published += 1
                 self._listener.take(lane, delivery)
-                if lane.is_full and self._transport is not None:
-                    self._transport.pause_reading()
+                if lane.is_full:
+                    self.pause()
 
     def on_method(self, method: Method) -> None:  # noqa: D102
         came, channel = method.frame, method.channel

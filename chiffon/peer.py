@@ -37,6 +37,17 @@ class Peer(asyncio.Protocol):
             self._spoke = time.monotonic()
             self._transport.write(data)
 
+    def pause(self) -> None:
+        """Read nothing more until ``resume``: what is on its way waits in the network."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read on, if reading was paused."""
+        if self._transport is not None and not self._is_read:
+            self._heard = time.monotonic()
+            self._transport.resume_reading()
+
     def beat(self, seconds: float) -> None:
         """Send AMQP heartbeats, and take a peer for dead of which nothing came for two of them.
 

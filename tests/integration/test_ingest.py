@@ -12,6 +12,7 @@ import asyncpg
 import pytest
 
 from chiffon.encoding import encode, routing_key
+from chiffon.reading import Reading
 from chiffon.registry import Registry, asyncpg_url
 from tests.fixtures import plain
 from tests.fixtures.heartbeats import update
@@ -148,6 +149,43 @@ async def test_a_relays_array_is_recorded_and_its_bad_element_set_aside_alone(
     [dead] = queues.take("chiffon.dead-letters")
     assert json.loads(dead["payload"]) == {"agent_id": "x"}
     assert "element 1 of 3" in dead["properties"]["headers"]["chiffon-reason"]
+
+
+async def test_arrays_wait_on_the_broker_and_not_in_our_memory(
+    amqp_url: str, database_url: str, database: "asyncpg.Connection[Any]"
+) -> None:
+    """What is prefetched counts messages: without a limit, 40,000 heartbeats would be here."""
+    sent = [update(interval_seconds=600.0) for _ in range(40_000)]
+    most = 0
+
+    def notice(self: Reading, *arguments: Any) -> None:
+        nonlocal most
+        original(self, *arguments)
+        most = max(most, len(self.newest))
+
+    original = Reading.take
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reading, "take", notice)
+        async with (
+            orchestrating(amqp_url, database_url, ingest_batch_size=100),
+            plain.channel(amqp_url) as to,
+        ):
+            lock = database.transaction()
+            await lock.start()
+            await database.execute("LOCK TABLE agent_registry IN ACCESS EXCLUSIVE MODE")
+            for start in range(0, len(sent), 1_000):
+                body = b"[" + b",".join(map(encode, sent[start : start + 1_000])) + b"]"
+                await plain.publish(to, EXCHANGE, "heartbeat.lab.relay.r1", body, KIND)
+            await until(_async(lambda: most >= 1_000), "ten statements' worth is here")
+            await lock.rollback()
+
+            async def all_are_recorded() -> bool:
+                count = await database.fetchval("SELECT count(*) FROM agent_registry")
+                return bool(count == len(sent))
+
+            await until(all_are_recorded, "every heartbeat in the registry", 60)
+
+    assert most < 2_000
 
 
 async def test_the_newest_of_a_batch_wins_whatever_the_order(
