@@ -8,6 +8,7 @@ broker. Nothing changes for an agent but the host in its ``CHIFFON_AMQP_URL``. I
 import asyncio
 import logging
 import re
+import resource
 import signal
 import socket
 import ssl
@@ -38,6 +39,9 @@ DRAIN_SECONDS = 5.0
 
 async def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT; see ``serve``."""
+    # A file for each agent: the usual soft limit of 1,024 is for programs that use select(2).
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
