@@ -58,6 +58,7 @@ class Stage:
     broker_pid: int
     database_pid: int
     folder: str
+    node: rabbitmq.RabbitMQ
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -103,7 +104,10 @@ async def staged() -> AsyncIterator[Stage]:
     with tempfile.TemporaryDirectory(prefix="chiffon-benchmark-") as name:
         os.chmod(name, 0o755)  # the database's user must get in
         folder = Path(name)
-        async with postgres.run(folder) as database, rabbitmq.run(folder) as broker:
+        async with (
+            postgres.run(folder) as database,
+            rabbitmq.run(folder, stop_gently=False) as broker,
+        ):
             await migrations.upgrade(database.url)
             await ensure(lambda: dial_any(broker.amqp_url, "benchmark declares"))
             stage = Stage(
@@ -113,6 +117,7 @@ async def staged() -> AsyncIterator[Stage]:
                 broker.child.process.pid,
                 database.child.process.pid,
                 name,
+                broker,
             )
             stage.versions.update(await _versions(stage))
             yield stage

@@ -1,0 +1,160 @@
+"""Thousands of agents with a connection each: memory, and a broker that is killed under them.
+
+    python -m benchmarks.connections --agents 2000
+
+A private RabbitMQ and PostgreSQL, one orchestrator, and agents in four processes that speak every
+5 s: first each with a connection of its own, then through a relay. The broker is killed (-9) and
+started again; what is counted is when the registry has heard each agent after that, and who was
+marked offline.
+"""
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+
+from benchmarks.stage import Stage, process, staged, where
+from chiffon.embedded.children import free_port
+from chiffon.errors import BusUnavailable
+from chiffon.session import dial_any
+from tests.faults.server import Server
+from tests.fixtures.waiting import until
+
+PROCESSES = 4
+BACK_SECONDS = 300.0
+QUIET = {"CHIFFON_LOG_LEVEL": "ERROR"}
+"""That the broker is away they would say for as long as it is."""
+
+HEARD = """
+SELECT extract(epoch FROM clock_timestamp() - last_heartbeat_at)::float8
+  FROM agent_registry WHERE pool_name = 'swarm' AND status = 'online'
+"""
+BACK = """
+SELECT agent_id, extract(epoch FROM clock_timestamp() - last_heartbeat_at)::float8 AS age
+  FROM agent_registry
+ WHERE pool_name = 'swarm'
+   AND last_heartbeat_at > clock_timestamp() - $1::float8 * interval '1 second'
+"""
+MARKED = "SELECT count(*) FROM agent_registry WHERE pool_name = 'swarm' AND status = 'offline'"
+
+
+async def measure(stage: Stage, agents: int, through_relay: bool) -> None:
+    """Let so many agents speak, kill the broker, and print what came of it."""
+    node = stage.node
+    broker = Server(
+        node.child.process.pid,
+        [str(node.program)],
+        node.environment,
+        Path(node.environment["HOME"]),
+    )
+    with ExitStack() as stack:
+        stack.callback(broker.end)
+        orchestrator = stack.enter_context(
+            process((sys.executable, "-m", "chiffon", "orchestrator", "run"), stage, **QUIET)
+        )
+        url, relay = stage.amqp_url, None
+        if through_relay:
+            port = free_port()
+            relay = stack.enter_context(
+                process(
+                    (sys.executable, "-m", "chiffon.relay"), stage, CHIFFON_RELAY_PORT=str(port)
+                )
+            )
+            url = f"amqp://127.0.0.1:{port}/"
+        swarm = [sys.executable, "-m", "benchmarks.swarm", str(agents // PROCESSES)]
+        began = time.monotonic()
+        empty = memory(stage.broker_pid)
+        for _ in range(PROCESSES):
+            stack.enter_context(process(swarm, stage, SWARM_URL=url))
+        await until(lambda: heard(stage, agents, 60.0), f"{agents} agents in the registry", 300)
+        first = time.monotonic() - began
+        await asyncio.sleep(10)  # the broker's memory settles
+        full = memory(broker.pid)
+        sizes = [f"orchestrator {memory(orchestrator.pid) / 2**20:.0f} MiB"]
+        if relay is not None:
+            sizes.append(f"relay {memory(relay.pid) / 2**20:.0f} MiB")
+        broker.kill()
+        killed = time.monotonic()
+        broker.start()
+        await until(lambda: is_open(stage.amqp_url), "the broker again", 120)
+        opened = time.monotonic()
+        curve = await returns(stage, agents, killed)
+        async with stage.database() as database:
+            marked = await database.fetchval(MARKED)
+            await database.execute("TRUNCATE agent_registry CASCADE")
+    name = "through a relay" if through_relay else "a connection each"
+    print(f"\n{agents} agents, {name}: all heard {first:.1f} s after the first was started")
+    print(
+        f"memory: broker {empty / 2**20:.0f} MiB before, {full / 2**20:.0f} MiB with them "
+        f"({(full - empty) / agents / 1024:.0f} KiB an agent), {', '.join(sizes)}"
+    )
+    away = opened - killed
+    half, most, every = (curve[int(len(curve) * share) - 1] - away for share in (0.5, 0.99, 1.0))
+    print(
+        f"broker killed, up again after {away:.1f} s; heard again after that: half {half:.1f} s, "
+        f"99 % {most:.1f} s, all {every:.1f} s; busiest second {busiest(curve)}; "
+        f"marked offline: {marked}"
+    )
+
+
+async def heard(stage: Stage, agents: int, within: float) -> bool:
+    """Return whether so many agents were heard within so many seconds."""
+    async with stage.database() as database:
+        ages = await database.fetch(HEARD)
+    return sum(bool(row[0] < within) for row in ages) >= agents
+
+
+async def returns(stage: Stage, agents: int, since: float) -> list[float]:
+    """Return when each agent was heard for the first time since then: seconds after it, sorted."""
+    back: dict[object, float] = {}
+    async with stage.database() as database:
+        while len(back) < agents:
+            now = time.monotonic()
+            if now - since > BACK_SECONDS:
+                raise AssertionError(f"{agents - len(back)} agents are not back")
+            for row in await database.fetch(BACK, now - since):
+                back.setdefault(row["agent_id"], now - since - row["age"])
+            await asyncio.sleep(0.5)
+    return sorted(back.values())
+
+
+def busiest(curve: Sequence[float]) -> int:
+    """Return the most that were heard for the first time within one second."""
+    return max(sum(start <= one < start + 1 for one in curve) for start in curve[::10])
+
+
+async def is_open(url: str) -> bool:
+    """Return whether the broker lets us in."""
+    try:
+        session = await dial_any(url, "benchmark looks")
+    except BusUnavailable:
+        return False
+    await session.close()
+    return True
+
+
+def memory(pid: int) -> int:
+    """Return the bytes of memory that a process and its children have for themselves."""
+    whole = psutil.Process(pid)
+    return sum(one.memory_full_info().uss for one in (whole, *whole.children(recursive=True)))
+
+
+async def main() -> None:
+    """Measure, and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--agents", type=int, default=2_000)
+    agents = parser.parse_args().agents
+    for through_relay in (False, True):
+        async with staged() as stage:
+            if not through_relay:
+                print(where(stage))
+            await measure(stage, agents, through_relay)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
