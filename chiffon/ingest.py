@@ -8,7 +8,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from functools import partial
 from uuid import UUID
 
@@ -25,7 +25,7 @@ from chiffon.metrics import SECONDS
 from chiffon.reading import Reading
 from chiffon.receipt import Receipt
 from chiffon.registry import Recorded, Registry, Stale
-from chiffon.topology import INGEST
+from chiffon.topology import INGEST, ONE_QUEUE, Topology
 
 log = logging.getLogger(__name__)
 
@@ -105,14 +105,16 @@ class _Rivals:
 
 
 class Ingest:
-    """Records what the queue ``chiffon.ingest`` holds.
+    """Records what a queue of heartbeats holds.
 
     Args:
         registry: Where heartbeats go.
         events: Who is told of agents whose status changed.
         dead_letters: Where refused messages go; never over the connection that consumes, as an
             alarm stops acknowledgements on a connection that publishes.
-        canary_key: Of our own canaries, which tell how long messages are on their way.
+        canary_keys: Of our own canaries, which tell how long messages are on their way.
+        queue: Which queue.
+        wanted: What it is one queue of.
         batch_size: Messages that are worth a commit at once, and the most rows of one statement.
             Three times as many are prefetched: while two are committed, the next is read.
         batch_seconds: How long a message may wait for others to share its commit.
@@ -124,14 +126,18 @@ class Ingest:
         events: Events,
         dead_letters: DeadLetters,
         *,
-        canary_key: str = "",
+        canary_keys: Collection[str] = (),
+        queue: str = INGEST,
+        wanted: Topology = ONE_QUEUE,
         batch_size: int = 2_000,
         batch_seconds: float = 0.02,
     ) -> None:
         self._registry = registry
         self._events = events
         self._dead_letters = dead_letters
-        self._canary_key = canary_key
+        self.queue = queue
+        self._canary_keys = canary_keys
+        self._wanted = wanted
         self._batch_size = batch_size
         self._batch_seconds = batch_seconds
         self._consumer: Consumer | None = None
@@ -154,9 +160,11 @@ class Ingest:
         self._reading = Reading()
         self._consumer, self._heard = consumer, time.monotonic()
         await consumer.consume(
-            INGEST, prefetch=(AT_ONCE + 1) * self._batch_size, take=partial(self._take, consumer)
+            self.queue,
+            prefetch=(AT_ONCE + 1) * self._batch_size,
+            take=partial(self._take, consumer),
         )
-        log.info("consuming %s", INGEST)
+        log.info("consuming %s", self.queue)
 
     @property
     def is_attached(self) -> bool:
@@ -261,8 +269,8 @@ class Ingest:
                 await before
             for one in recorded:
                 await self._report(one)
-            if reading.canary is not None:
-                await self._commit(partial(self._mark_path_fresh, *reading.canary))
+            for canary in reading.canaries.values():
+                await self._commit(partial(self._mark_path_fresh, *canary))
             await self._answer(reading, consumer)
         finally:
             self._in_work -= reading.messages
@@ -332,16 +340,19 @@ class Ingest:
             reading.refuse(delivery, [refusal])
 
     async def _mark_path_fresh(self, canary: Delivery, received: float) -> None:
+        part = self._wanted.proven_by(canary.routing_key, self.queue)
+        if part is None:
+            return
         published = self._published(canary)
         delay = None if published is None else max(received - published, 0.0)
-        await self._registry.mark_path_fresh(received, delay)
+        await self._registry.mark_path_fresh(received, delay, part=part, path=self._wanted.path)
         CANARIES.inc()
         if published is not None:
             PATH.observe(max(time.monotonic() - published, 0.0))
 
     def _published(self, canary: Delivery) -> float | None:
         """Return when one of our own canaries was published; ``None`` for another's."""
-        if canary.routing_key != self._canary_key:
+        if canary.routing_key not in self._canary_keys:
             return None
         try:
             return float(json.loads(canary.body)["published"])

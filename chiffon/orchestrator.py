@@ -9,8 +9,9 @@ import asyncio
 import gc
 import logging
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -34,7 +35,7 @@ from chiffon.responder import Responder
 from chiffon.session import Session, dial_any
 from chiffon.settings import Settings, describe
 from chiffon.sweeper import Canary, Sweeper
-from chiffon.topology import canary_key
+from chiffon.topology import Topology, canary_keys
 from chiffon.waiting import WaitingRoom
 from chiffon.watchdog import Watchdog
 
@@ -67,8 +68,14 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
     orchestrator_id = uuid4()
     name = f"orchestrator {orchestrator_id}"
 
+    wanted = Topology.of(settings.ingest_shards)
+    own = wanted.ingest
+    if settings.ingest_shard is not None:
+        own = (wanted.ingest[settings.ingest_shard - 1],)
+    keys = canary_keys(orchestrator_id, wanted)
+
     async def declare() -> None:
-        await ensure(lambda: dial_any(amqp_url, f"{name} declares"))
+        await ensure(lambda: dial_any(amqp_url, f"{name} declares"), wanted)
 
     async with AsyncExitStack() as stack:
         registry = await stack.enter_async_context(
@@ -86,14 +93,19 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
         reservations = ReservationService(registry)
         waiting = WaitingRoom(registry, Publisher(late_answers))
         events = Events(outgoing)
-        ingest = Ingest(
-            registry,
-            events,
-            dead_letters,
-            canary_key=canary_key(orchestrator_id),
-            batch_size=settings.ingest_batch_size,
-            batch_seconds=settings.ingest_batch_seconds,
-        )
+        ingests = [
+            Ingest(
+                registry,
+                events,
+                dead_letters,
+                canary_keys=keys,
+                queue=queue,
+                wanted=wanted,
+                batch_size=settings.ingest_batch_size,
+                batch_seconds=settings.ingest_batch_seconds,
+            )
+            for queue in own
+        ]
         responder = Responder(
             Questions(OrchestratorService(registry), reservations, waiting),
             reservations,
@@ -107,24 +119,26 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
             await declare()  # again: the broker may have come back empty
             await responder.attach(session)
 
-        async def consume(to: Consumer) -> None:
+        async def consume(ingest: Ingest, to: Consumer) -> None:
             await declare()
             await ingest.attach(to)
 
         questions = await stack.enter_async_context(
             Link(amqp_url, name=f"{name} listens", prepare=answer)
         )
-        consuming = await stack.enter_async_context(
-            Link(amqp_url, name=f"{name} consumes", prepare=consume, dial=consumer.dial)
-        )
+        links: dict[str, Link[Any]] = {"publish": outgoing, "listen": questions, "answer": answers}
+        for ingest in ingests:
+            use = "consume" if len(wanted.ingest) == 1 else f"consume {ingest.queue}"
+            links[use] = await stack.enter_async_context(
+                Link(
+                    amqp_url,
+                    name=f"{name} consumes {ingest.queue}",
+                    prepare=partial(consume, ingest),
+                    dial=consumer.dial,
+                )
+            )
         if settings.metrics_port is not None:
-            links: Mapping[str, Link[Any]] = {
-                "consume": consuming,
-                "publish": outgoing,
-                "listen": questions,
-                "answer": answers,
-            }
-            pages = _pages(registry, ingest, links)
+            pages = _pages(registry, ingests, links)
             port = await stack.enter_async_context(
                 exposing(settings.metrics_host, settings.metrics_port, pages)
             )
@@ -150,22 +164,23 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
             "sweeper": sweeper.run(),
             "expiry": expiry.run(),
             "waiting": waiting.run(),
-            "canary": Canary(outgoing, orchestrator_id).run(),
+            "canary": Canary(outgoing, keys).run(),
             "events": events.run(),
             "closings": closings.run(),
-            "watchdog": Watchdog(ingest, outgoing).run(),
+            **{f"watchdog of {one.queue}": Watchdog(one, outgoing).run() for one in ingests},
             "responder": responder.run(lambda: dial_any(amqp_url, f"{name} looks")),
         }
-        await _run_parts(ingest, responder, others, stopped)
+        await _run_parts(ingests, responder, others, stopped)
     log.info("orchestrator %s stopped", orchestrator_id)
 
 
 def _pages(
-    registry: Registry, ingest: Ingest, links: Mapping[str, Link[Any]]
+    registry: Registry, ingests: Sequence[Ingest], links: Mapping[str, Link[Any]]
 ) -> dict[str, Callable[[bool], Awaitable[Page]]]:
     async def consumes() -> None:
-        if not ingest.is_attached:
-            raise BusUnavailable("heartbeats are not consumed")
+        for one in ingests:
+            if not one.is_attached:
+                raise BusUnavailable(f"heartbeats are not consumed from {one.queue}")
 
     checks = {
         "broker": health.connected(links["publish"]),
@@ -186,23 +201,23 @@ def _pages(
 
 
 async def _run_parts(
-    ingest: Ingest,
+    ingests: Sequence[Ingest],
     responder: Responder,
     others: Mapping[str, Coroutine[Any, Any, None]],
     stopped: asyncio.Event,
 ) -> None:
     """Run the parts until ``stopped``, or until one of them ends, which is raised."""
-    recording = asyncio.create_task(ingest.run(), name="ingest")
+    recording = {asyncio.create_task(one.run(), name=one.queue) for one in ingests}
     parts: set[asyncio.Future[Any]] = {
-        recording,
+        *recording,
         *(asyncio.create_task(part, name=name) for name, part in others.items()),
     }
     stopping: asyncio.Future[Any] = asyncio.ensure_future(stopped.wait())
     try:
         await asyncio.wait({stopping, *parts}, return_when=asyncio.FIRST_COMPLETED)
         if stopped.is_set():
-            await asyncio.gather(ingest.stop(), responder.stop())
-            await asyncio.wait({recording}, timeout=DRAIN_SECONDS)
+            await asyncio.gather(responder.stop(), *(one.stop() for one in ingests))
+            await asyncio.wait(recording, timeout=DRAIN_SECONDS)
     finally:
         ended = [part for part in parts if part.done()]
         for task in (stopping, *parts):

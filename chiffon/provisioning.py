@@ -10,6 +10,7 @@ from pamqp.common import FieldTable
 from chiffon.bus import Properties, publish
 from chiffon.errors import (
     BusRefused,
+    BusUnavailable,
     QueueDown,
     TopologyMismatch,
     TopologyMissing,
@@ -17,7 +18,7 @@ from chiffon.errors import (
 )
 from chiffon.messages import CANARY
 from chiffon.session import Channel, Session, translated
-from chiffon.topology import BINDINGS, EXCHANGES, INGEST, QUEUES, Binding, Exchange, Queue
+from chiffon.topology import ONE_QUEUE, Binding, Exchange, Queue, Topology
 
 log = logging.getLogger(__name__)
 
@@ -48,28 +49,32 @@ class Finding:
 Dial = Callable[[], Awaitable[Session]]
 
 
-async def declare(session: Session, without: Collection[str] = ()) -> None:
+async def declare(
+    session: Session, wanted: Topology = ONE_QUEUE, without: Collection[str] = ()
+) -> None:
     """Declare every exchange, queue and binding; a no-op where they are there already.
 
     Args:
         session: The connection; it is lost when the broker says no.
+        wanted: What to declare.
         without: Queues to leave out, with what is bound to them.
 
     Raises:
         BusRefused: This user may not declare.
         QueueDown: A queue is on a node that is down.
         TopologyMismatch: There, with other arguments; the message names object and argument.
+        TopologyMissing: The broker lacks the plugin for shards.
         BusUnavailable: The connection broke.
     """
     channel = await session.channel()
     try:
-        for exchange in EXCHANGES:
-            await _declare_exchange(channel, exchange)
-        for queue in QUEUES:
+        for exchange in wanted.exchanges:
+            await declare_exchange(channel, exchange)
+        for queue in wanted.queues:
             if queue.name not in without:
                 await declare_queue(channel, queue)
-        for binding in BINDINGS:
-            if binding.queue not in without:
+        for binding in wanted.bindings:
+            if binding.to not in without:
                 await bind(channel, binding)
     except TopologyMismatch as error:
         raise TopologyMismatch(
@@ -129,9 +134,10 @@ async def bind(channel: Channel, binding: Binding) -> None:
     Raises:
         BusRefused: No right to.
     """
-    with translated(f"binding {binding.queue} to {binding.exchange}"):
-        await channel.queue_bind(
-            binding.queue,
+    put = channel.exchange_bind if binding.to_exchange else channel.queue_bind
+    with translated(f"binding {binding.to} to {binding.exchange}"):
+        await put(
+            binding.to,
             binding.exchange,
             routing_key=binding.routing_key,
             arguments=binding.arguments,
@@ -139,23 +145,39 @@ async def bind(channel: Channel, binding: Binding) -> None:
         )
 
 
-async def _declare_exchange(channel: Channel, exchange: Exchange) -> None:
-    with translated(f"declaring exchange {exchange.name}"):
-        await channel.exchange_declare(
-            exchange.name,
-            exchange_type=exchange.kind,
-            durable=True,
-            timeout=ANSWER_SECONDS,
-        )
+async def declare_exchange(channel: Channel, exchange: Exchange) -> None:
+    """Declare one durable exchange.
+
+    Raises:
+        TopologyMissing: The broker lacks the plugin that brings its type.
+        TopologyMismatch: It is there with another type.
+        BusRefused: No right to.
+    """
+    try:
+        with translated(f"declaring exchange {exchange.name}"):
+            await channel.exchange_declare(
+                exchange.name,
+                exchange_type=exchange.kind,
+                durable=True,
+                timeout=ANSWER_SECONDS,
+            )
+    except BusUnavailable as error:
+        if "unknown exchange type" not in str(error):
+            raise
+        raise TopologyMissing(
+            f"the broker has no exchanges of type {exchange.kind}; on each of its nodes run: "
+            "rabbitmq-plugins enable rabbitmq_consistent_hash_exchange"
+        ) from None
 
 
-async def ensure(dial: Dial) -> None:
+async def ensure(dial: Dial, wanted: Topology = ONE_QUEUE) -> None:
     """Declare the topology, or where that is not allowed, make sure that it is there.
 
     A queue on a node that is down is done without, but for that of the heartbeats.
 
     Args:
         dial: Opens a connection; each refusal of the broker costs one.
+        wanted: What is to be there.
 
     Raises:
         TopologyMissing: Not there, and we may not declare it; the message lists what.
@@ -167,10 +189,10 @@ async def ensure(dial: Dial) -> None:
     while True:
         session = await dial()
         try:
-            await declare(session, without=down)
+            await declare(session, wanted, without=down)
             return
         except QueueDown as error:
-            if error.queue == INGEST:
+            if error.queue in wanted.ingest:
                 raise
             log.warning("%s: going on without it", error)
             down.add(error.queue)
@@ -179,7 +201,7 @@ async def ensure(dial: Dial) -> None:
             break
         finally:
             await session.close()
-    absent = [finding.name for finding in await check(dial) if finding.verdict == "missing"]
+    absent = [finding.name for finding in await check(dial, wanted) if finding.verdict == "missing"]
     if absent:
         raise TopologyMissing(
             f"missing on the broker, and this user may not declare: {', '.join(absent)}. "
@@ -187,16 +209,18 @@ async def ensure(dial: Dial) -> None:
         )
 
 
-async def check(dial: Dial) -> list[Finding]:
+async def check(dial: Dial, wanted: Topology = ONE_QUEUE) -> list[Finding]:
     """Compare what is on the broker with the topology, and change nothing.
 
     A passive declaration tells whether an object is there, one with our arguments whether it is
     the same (it would be refused). AMQP cannot list bindings, so each is asked to route a message
-    that lives 0 ms; it is gone when it arrives, or at most is looked at and ignored.
+    that lives 0 ms; it is gone when it arrives, or at most is looked at and ignored. That a shard
+    is not bound to the hash cannot be seen so: the others take its share.
 
     Args:
         dial: Opens a connection; the broker closes the channel at each "no", so each object
             that is not as it should be costs one more.
+        wanted: What is to be there.
 
     Returns:
         One finding an object, in the order of the topology.
@@ -205,13 +229,18 @@ async def check(dial: Dial) -> list[Finding]:
         BusUnavailable: The broker cannot be reached.
     """
     findings: list[Finding] = []
+    every: list[Exchange | Queue | Binding] = [
+        *wanted.exchanges,
+        *wanted.queues,
+        *wanted.bindings,
+    ]
     session = await dial()
     try:
-        for wanted in (*EXCHANGES, *QUEUES, *BINDINGS):
+        for one in every:
             if session.lost.done():
                 await session.close()
                 session = await dial()
-            findings.append(await _check(session, wanted))
+            findings.append(await _check(session, one))
     finally:
         await session.close()
     return findings
@@ -226,7 +255,7 @@ async def _check(session: Session, wanted: Exchange | Queue | Binding) -> Findin
             case Exchange():
                 with translated(f"looking for exchange {name}"):
                     await channel.exchange_declare(name, passive=True, timeout=ANSWER_SECONDS)
-                await _declare_exchange(channel, wanted)
+                await declare_exchange(channel, wanted)
             case Queue():
                 with translated(f"looking for queue {name}"):
                     await channel.queue_declare(name, passive=True, timeout=ANSWER_SECONDS)
@@ -264,4 +293,4 @@ def _named(binding: Binding) -> str:
     terms = binding.routing_key or ", ".join(
         f"{key}={value}" for key, value in binding.arguments.items() if key != "x-match"
     )
-    return f"{binding.exchange} -> {binding.queue} ({terms})"
+    return f"{binding.exchange} -> {binding.to} ({terms})"

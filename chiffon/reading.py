@@ -31,8 +31,8 @@ class Reading:
     last_tag: int = 0
     newest: dict[int, tuple[Receipt, Delivery]] = field(default_factory=dict)
     """By the number of the agent's id, which hashes faster than the id."""
-    canary: tuple[Delivery, float] | None = None
-    """The newest, and when it was received."""
+    canaries: dict[str, tuple[Delivery, float]] = field(default_factory=dict)
+    """The newest by routing key, and when it was received."""
     refused: dict[int, tuple[Delivery, list[Refusal]]] = field(default_factory=dict)
     """By delivery tag: what of a message is to be set aside."""
     _header: ContentHeader | None = None
@@ -75,7 +75,7 @@ class Reading:
         if delivery.header is not self._header:
             self._look(delivery.header)
         if self._kind == CANARY:
-            self.canary = delivery, received
+            self.canaries[delivery.routing_key] = delivery, received
             return
         updates, refusals = decode_heartbeats(delivery.body, delivery.routing_key)
         for update in updates:

@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from chiffon.encoding import first_problem
 from chiffon.errors import BadConfiguration, masked
 from chiffon.messages import AgentType
-from chiffon.topology import REPLY_FORMS
+from chiffon.topology import MOST_SHARDS, REPLY_FORMS
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +95,12 @@ class Settings(BaseSettings):
     override_gpu_vram_available_gb: float | None = Field(None, ge=0, le=1e6, allow_inf_nan=False)
     integrated_gpus: bool = False
 
+    ingest_shards: int = Field(
+        1, ge=1, le=MOST_SHARDS, description="Queues that share the fleet's heartbeats."
+    )
+    ingest_shard: int | None = Field(
+        None, ge=1, description="The one of them that this orchestrator consumes; all if not given."
+    )
     ingest_batch_size: int = Field(2_000, ge=1, le=10_000)
     ingest_batch_seconds: float = Field(0.02, ge=0, le=1, allow_inf_nan=False)
     sweep_interval_seconds: float = Field(1.0, ge=0.1, le=60, allow_inf_nan=False)
@@ -172,6 +178,11 @@ def load(**flags: Any) -> Settings:
     except ValidationError as error:
         raise BadConfiguration(f"{PREFIX}{_named(error)}") from None
     _refuse_odd_forms(settings.reply_forms)
+    if settings.ingest_shard is not None and settings.ingest_shard > settings.ingest_shards:
+        raise BadConfiguration(
+            f"{PREFIX}INGEST_SHARD: there is no shard {settings.ingest_shard} of "
+            f"{settings.ingest_shards} ({PREFIX}INGEST_SHARDS)"
+        )
     return settings
 
 

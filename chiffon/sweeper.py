@@ -9,7 +9,7 @@ import asyncio
 import json
 import logging
 import time
-from uuid import UUID
+from collections.abc import Sequence
 
 from chiffon import liveness
 from chiffon.bus import Properties, Publisher
@@ -19,7 +19,7 @@ from chiffon.events import Events
 from chiffon.link import Link
 from chiffon.messages import CANARY
 from chiffon.registry import Registry, Swept
-from chiffon.topology import HEARTBEATS, canary_key
+from chiffon.topology import HEARTBEATS
 
 log = logging.getLogger(__name__)
 
@@ -111,17 +111,17 @@ class Sweeper:
 
 
 class Canary:
-    """Publishes the canary of one orchestrator every 2 s.
+    """Publishes the canaries of one orchestrator every 2 s.
 
     Args:
         outgoing: The connection to publish on.
-        orchestrator_id: Tells the canaries of several orchestrators apart.
+        keys: Their routing keys; see ``canary_keys``.
     """
 
-    def __init__(self, outgoing: Link, orchestrator_id: UUID) -> None:
+    def __init__(self, outgoing: Link, keys: Sequence[str]) -> None:
         self._outgoing = outgoing
         self._publisher = Publisher(outgoing)
-        self._key = canary_key(orchestrator_id)
+        self._keys = keys
 
     async def run(self) -> None:
         """Publish until cancelled; trouble with the broker only shows as an old canary."""
@@ -137,16 +137,23 @@ class Canary:
             await asyncio.sleep(liveness.CANARY_INTERVAL_SECONDS)
 
     async def publish(self) -> None:
-        """Publish one canary and wait for its confirm.
+        """Publish one canary by each key, and wait for the confirms.
 
         Raises:
-            BusUnavailable: Not confirmed within 2 s.
+            BusUnavailable: One was not confirmed within 2 s.
         """
+        outcomes = await asyncio.gather(*map(self._publish, self._keys), return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        self._outgoing.works()
+
+    async def _publish(self, key: str) -> None:
         await self._publisher.publish(
             # The time is for whoever published it: of nobody else's clock it says anything.
             json.dumps({"published": time.monotonic()}).encode(),
             exchange=HEARTBEATS,
-            routing_key=self._key,
+            routing_key=key,
             properties=Properties(
                 message_type=CANARY,
                 content_type="application/json",
@@ -155,4 +162,3 @@ class Canary:
             ),
             timeout=CONFIRM_SECONDS,
         )
-        self._outgoing.works()

@@ -244,6 +244,19 @@ class IngestPath(SQLModel, table=True):
     clock_set_back_at: datetime | None = Field(default=None, sa_column=_moment())
 
 
+class IngestPart(SQLModel, table=True):
+    """A part of the path that a canary proves by itself: a queue of heartbeats, or their exchange.
+
+    The path is as fresh as the least fresh of its parts; what was a part of it with another number
+    of shards stays and is not looked at.
+    """
+
+    __tablename__ = "ingest_part"
+
+    name: str = Field(sa_column=Column(Text, primary_key=True))
+    fresh_at: datetime = Field(sa_column=_moment(nullable=False))
+
+
 class PoolState(SQLModel, table=True):
     """A pool of which most fell silent at once; no row for a pool that never did.
 

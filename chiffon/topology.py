@@ -17,10 +17,13 @@ RPC = "chiffon.rpc"
 DEAD_LETTERS = "chiffon.dead-letters"
 """Name of the exchange and of the queue behind it."""
 INGEST = "chiffon.ingest"
+"""The queue of heartbeats; that of a shard ends with its number, from 1."""
+SHARDS = "chiffon.shards"
 CAPACITY = "chiffon.capacity"
 
 CAPACITY_KEY = "capacity"
 HEARTBEAT_KEYS = "heartbeat.#"
+MOST_SHARDS = 64
 
 DEAD_LETTER_HEADER = "chiffon-dead-letter"
 REASON_HEADER = "chiffon-reason"
@@ -52,15 +55,70 @@ class Queue:
 
 @dataclass(frozen=True)
 class Binding:
-    """A binding from an exchange to a queue."""
+    """A binding from an exchange to a queue, or to another exchange."""
 
     exchange: str
-    queue: str
+    to: str
     routing_key: str = ""
     arguments: dict[str, Any] = field(default_factory=dict)
+    to_exchange: bool = False
 
 
-EXCHANGES = (
+@dataclass(frozen=True)
+class Topology:
+    """All that is on the broker. ``ingest`` are the queues of heartbeats, one a shard.
+
+    A canary proves the way to one of them, or through the exchange before them: ``path`` are those
+    whose ways have to be proven, so that the fleet can be believed to be heard.
+    """
+
+    exchanges: tuple[Exchange, ...]
+    queues: tuple[Queue, ...]
+    bindings: tuple[Binding, ...]
+    ingest: tuple[str, ...]
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """The queues of heartbeats, and the exchange that they share if there are several."""
+        return self.ingest if len(self.ingest) == 1 else (SHARDS, *self.ingest)
+
+    def proven_by(self, routing_key: str, queue: str) -> str | None:
+        """Return which of ``path`` a canary proves that came by a queue; ``None`` if none."""
+        if len(self.ingest) == 1:
+            return queue
+        if routing_key.startswith(f"{shard_key(queue)}."):
+            return queue
+        # The canary of another shard came through the hash too, but so would one that came around.
+        return SHARDS if routing_key.startswith(_CANARY_KEYS) else None
+
+    @classmethod
+    def of(cls, shards: int = 1) -> "Topology":
+        """Return the topology with so many queues for heartbeats.
+
+        Several stand behind an exchange that hashes the routing key, so that those of an agent
+        always come by the same. The exchange shares out alike what is bound with the same weight.
+
+        Args:
+            shards: 1 to ``MOST_SHARDS``.
+        """
+        if shards == 1:
+            return cls(_EXCHANGES, (_ingest(INGEST), *_QUEUES), (_TO_INGEST, *_BINDINGS), (INGEST,))
+        names = tuple(f"{INGEST}.{number}" for number in range(1, shards + 1))
+        return cls(
+            (*_EXCHANGES, Exchange(SHARDS, "x-consistent-hash")),
+            (*map(_ingest, names), *_QUEUES),
+            (
+                Binding(HEARTBEATS, SHARDS, HEARTBEAT_KEYS, to_exchange=True),
+                *(Binding(SHARDS, name, "1") for name in names),
+                # Around the hash, so that each shard can be proven by a canary of its own.
+                *(Binding(HEARTBEATS, name, f"{shard_key(name)}.#") for name in names),
+                *_BINDINGS,
+            ),
+            names,
+        )
+
+
+_EXCHANGES = (
     Exchange(HEARTBEATS, "topic"),
     Exchange(REPLIES, "topic"),
     Exchange(EVENTS, "topic"),
@@ -68,9 +126,10 @@ EXCHANGES = (
     Exchange(DEAD_LETTERS, "headers"),
 )
 
-QUEUES = (
-    Queue(
-        INGEST,
+
+def _ingest(name: str) -> Queue:
+    return Queue(
+        name,
         {
             # Survives the loss of a minority of nodes, and keeps a confirmed farewell on disk.
             "x-queue-type": "quorum",
@@ -84,7 +143,10 @@ QUEUES = (
             "x-delivery-limit": 100,
             "x-dead-letter-exchange": DEAD_LETTERS,
         },
-    ),
+    )
+
+
+_QUEUES = (
     Queue(
         DEAD_LETTERS,
         {
@@ -98,8 +160,8 @@ QUEUES = (
     ),
 )
 
-BINDINGS = (
-    Binding(HEARTBEATS, INGEST, HEARTBEAT_KEYS),
+_TO_INGEST = Binding(HEARTBEATS, INGEST, HEARTBEAT_KEYS)
+_BINDINGS = (
     # A headers exchange with these three bindings takes what was refused, and not the heartbeats
     # that merely expired or overflowed: a plain dead-letter exchange would take every one.
     Binding(
@@ -114,6 +176,8 @@ BINDINGS = (
     ),
     Binding(DEAD_LETTERS, DEAD_LETTERS, arguments={"x-match": "all", DEAD_LETTER_HEADER: "1"}),
 )
+
+ONE_QUEUE = Topology.of(1)
 
 # Declared by the responder alone: it lives and dies with whoever answers, so that a question
 # nobody would answer is returned to the planner at once.
@@ -136,9 +200,20 @@ _REPLY_KEY = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 REPLY_FORMS = ("exclusive-queue", "direct-reply-to", "replies-exchange")
 
 
-def canary_key(orchestrator_id: UUID) -> str:
-    """Return the routing key of an orchestrator's canary; it fits ``heartbeat.#``."""
-    return f"heartbeat.chiffon.canary.{orchestrator_id}"
+_CANARY_KEYS = "heartbeat.chiffon.canary."
+
+
+def canary_keys(orchestrator_id: UUID, wanted: Topology) -> list[str]:
+    """Return the routing keys of an orchestrator's canaries; they fit ``heartbeat.#``."""
+    keys = [f"{_CANARY_KEYS}{orchestrator_id}"]
+    if len(wanted.ingest) > 1:
+        keys += [f"{shard_key(queue)}.{orchestrator_id}" for queue in wanted.ingest]
+    return keys
+
+
+def shard_key(queue: str) -> str:
+    """Return how the routing keys of a shard's own canaries begin; they fit ``heartbeat.#``."""
+    return f"heartbeat.chiffon.shard.{queue.rpartition('.')[2]}"
 
 
 def relay_key(pool_name: str, relay_name: str) -> str:
@@ -172,12 +247,13 @@ def reply_route(reply_to: str | None, allowed: tuple[str, ...] = REPLY_FORMS) ->
     raise ValueError(f"reply_to {reply_to[:64]!r} is not a form that may be written to")
 
 
-def definitions(vhost: str) -> dict[str, Any]:
+def definitions(vhost: str, shards: int = 1) -> dict[str, Any]:
     """Return the topology as a RabbitMQ definitions document for one virtual host.
 
     ``chiffon.capacity`` is not in it. Users and permissions are the operator's; a blank node
     that loads definitions at boot creates no default user.
     """
+    wanted = Topology.of(shards)
     return {
         "vhosts": [{"name": vhost}],
         "exchanges": [
@@ -190,7 +266,7 @@ def definitions(vhost: str) -> dict[str, Any]:
                 "internal": False,
                 "arguments": {},
             }
-            for exchange in EXCHANGES
+            for exchange in wanted.exchanges
         ],
         "queues": [
             {
@@ -200,17 +276,17 @@ def definitions(vhost: str) -> dict[str, Any]:
                 "auto_delete": queue.auto_delete,
                 "arguments": queue.arguments,
             }
-            for queue in QUEUES
+            for queue in wanted.queues
         ],
         "bindings": [
             {
                 "source": binding.exchange,
                 "vhost": vhost,
-                "destination": binding.queue,
-                "destination_type": "queue",
+                "destination": binding.to,
+                "destination_type": "exchange" if binding.to_exchange else "queue",
                 "routing_key": binding.routing_key,
                 "arguments": binding.arguments,
             }
-            for binding in BINDINGS
+            for binding in wanted.bindings
         ],
     }

@@ -13,7 +13,6 @@ from chiffon.errors import BusUnavailable, ConsumerStuck
 from chiffon.ingest import Ingest
 from chiffon.link import Link
 from chiffon.session import Session, translated
-from chiffon.topology import INGEST
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +62,11 @@ class Watchdog:
             BusUnavailable: The broker cannot be asked.
         """
         session = await self._outgoing.session()
-        ready, consumers = await _counts(session)
+        ready, consumers = await _counts(session, self._ingest.queue)
         if consumers == 0:
-            return f"the broker sees no consumer on {INGEST}"
+            return f"the broker sees no consumer on {self._ingest.queue}"
         if ready and self._ingest.has_room:
-            return f"{ready} messages wait in {INGEST} and none is delivered"
+            return f"{ready} messages wait in {self._ingest.queue} and none is delivered"
         return None
 
     def _judge(self, problem: str | None) -> None:
@@ -81,9 +80,9 @@ class Watchdog:
         self._ingest.drop(problem)
 
 
-async def _counts(session: Session) -> tuple[int, int]:
+async def _counts(session: Session, queue: str) -> tuple[int, int]:
     channel = await session.channel(confirms=False)
-    with translated(f"looking at {INGEST}"):
-        answer = await channel.queue_declare(INGEST, passive=True, timeout=LOOK_SECONDS)
+    with translated(f"looking at {queue}"):
+        answer = await channel.queue_declare(queue, passive=True, timeout=LOOK_SECONDS)
     await session.discard(channel)
     return answer.message_count or 0, answer.consumer_count or 0

@@ -25,6 +25,11 @@ STOP_SECONDS = 20.0
 FIRST_RUN = "first-run"
 """Stands in the folder until the broker that made the data has ended in order."""
 
+PLUGINS = (
+    "rabbitmq_consistent_hash_exchange",
+    "rabbitmq_event_exchange",
+    "rabbitmq_management",
+)
 VHOST = "chiffon"
 USER = "chiffon"
 
@@ -206,7 +211,7 @@ def _write_configuration(folder: Path, amqp_port: int, management_port: int, pas
     configuration = folder / "rabbitmq.conf"
     configuration.touch(mode=0o600)
     configuration.write_text("".join(f"{name} = {value}\n" for name, value in settings.items()))
-    (folder / "enabled_plugins").write_text("[rabbitmq_event_exchange,rabbitmq_management].\n")
+    (folder / "enabled_plugins").write_text(f"[{','.join(PLUGINS)}].\n")
 
 
 def _epmd_program() -> str:

@@ -61,6 +61,7 @@ from chiffon.registry.statements import (
     UNDRAIN,
     VERSIONS,
 )
+from chiffon.topology import INGEST
 
 __all__ = [
     "AgentRow",
@@ -161,17 +162,28 @@ class Registry:
         """Note with each of these agents that a heartbeat of an earlier start came once more."""
         await self.fetch(COUNT_LOWER_INCARNATIONS, agent_ids)
 
-    async def mark_path_fresh(self, received: float, delay_seconds: float | None = None) -> None:
+    async def mark_path_fresh(
+        self,
+        received: float,
+        delay_seconds: float | None = None,
+        *,
+        part: str = INGEST,
+        path: Sequence[str] = (INGEST,),
+    ) -> None:
         """Note that a canary went the whole way to the database.
 
-        After a gap of more than 5 s every agent has its own full lease to speak again.
+        The path is fresh while each of its parts is. After a gap of more than 5 s every agent has
+        its own full lease to speak again.
 
         Args:
             received: When this process received it, seconds of ``time.monotonic``.
             delay_seconds: How long it was on its way to us, if that is known.
+            part: What it proves.
+            path: All the parts; see ``Topology.path``.
         """
         async with self._connection() as connection:
-            await connection.fetch(MARK_PATH_FRESH, time.monotonic() - received, delay_seconds)
+            held = time.monotonic() - received
+            await connection.fetch(MARK_PATH_FRESH, held, delay_seconds, part, path)
 
     async def mark_silent(
         self,

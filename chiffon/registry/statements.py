@@ -90,12 +90,29 @@ UPDATE agent_registry
 """
 
 MARK_PATH_FRESH = """
+WITH part AS (
+  INSERT INTO ingest_part AS p (name, fresh_at) VALUES ($3, now() - $1 * interval '1 second')
+  ON CONFLICT (name) DO UPDATE SET
+    fresh_at = CASE WHEN p.fresh_at > statement_timestamp() + interval '1 second'
+      THEN excluded.fresh_at ELSE greatest(p.fresh_at, excluded.fresh_at) END
+  RETURNING fresh_at
+), whole AS (
+  SELECT min(fresh_at) AS fresh_at FROM (
+    SELECT fresh_at FROM part UNION ALL
+    SELECT fresh_at FROM ingest_part WHERE name = ANY($4::text[]) AND name <> $3
+  ) parts
+   -- What is from the future was proven before the clock was set back.
+   WHERE fresh_at BETWEEN statement_timestamp() - interval '5 seconds'
+                      AND statement_timestamp() + interval '1 second'
+  HAVING count(*) = cardinality($4::text[])
+)
 INSERT INTO ingest_path AS p (queue_delay_seconds, fresh_at, fresh_since, grace_until)
-SELECT $2::float8, now() - $1 * interval '1 second', statement_timestamp(),
+SELECT $2::float8, whole.fresh_at, statement_timestamp(),
        statement_timestamp() + coalesce((
          SELECT max(r.lease_seconds * 4 / 3 * interval '1 second') FROM agent_registry r
           WHERE r.status IN ('online', 'busy') AND NOT EXISTS (SELECT FROM ingest_path)
        ), interval '0')
+  FROM whole
 ON CONFLICT (only_row) DO UPDATE SET
   queue_delay_seconds = coalesce(excluded.queue_delay_seconds, p.queue_delay_seconds),
   -- A last canary from the future: the clock was set back, which is a gap like any other.

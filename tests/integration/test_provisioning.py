@@ -14,6 +14,7 @@ from chiffon.errors import BusRefused, BusUnavailable, TopologyMismatch, Topolog
 from chiffon.link import Link
 from chiffon.provisioning import Finding, await_exchange, check, declare, ensure
 from chiffon.session import Session, dial, dial_any
+from chiffon.topology import Topology
 from tests.fixtures.servers import Management, Servers
 
 PROJECT = Path(__file__).parents[2]
@@ -34,7 +35,8 @@ async def test_declaring_twice_is_the_same_as_once_and_leaves_nothing_to_find(
     found = await verdicts(broker)
 
     assert {finding.verdict for finding in found.values()} == {"ok"}
-    assert len(found) == len(topology.EXCHANGES) + len(topology.QUEUES) + len(topology.BINDINGS)
+    wanted = Topology.of(1)
+    assert len(found) == len(wanted.exchanges) + len(wanted.queues) + len(wanted.bindings)
 
 
 async def test_checking_an_empty_broker_finds_everything_missing_and_adds_nothing(

@@ -22,27 +22,18 @@ from chiffon import listener, session
 from chiffon.agent import BaseAgent
 from chiffon.encoding import encode, routing_key
 from chiffon.errors import BadConfiguration, BusRefused, BusUnavailable, NotTaken
-from chiffon.messages import ResourceMetrics, StatusUpdate
+from chiffon.messages import StatusUpdate
 from chiffon.registry import Registry
 from tests.fixtures import plain, raw
 from tests.fixtures.heartbeats import update
 from tests.fixtures.proxy import Proxy
 from tests.fixtures.relay import relaying
+from tests.fixtures.resources import NoResources
 from tests.fixtures.servers import Management, Servers
 from tests.fixtures.system import orchestrating
 from tests.fixtures.waiting import until
 
 HEARTBEATS = "chiffon.heartbeats"
-
-
-class Resources:
-    """An agent's readings, for tests that are not about them."""
-
-    def read(self) -> ResourceMetrics:
-        return ResourceMetrics()
-
-    def close(self) -> None:
-        pass
 
 
 class Overheard:
@@ -79,7 +70,7 @@ async def test_agents_behind_a_relay_are_in_the_registry_and_say_farewell(
     amqp_url: str, database_url: str, registry: Registry, management: Management
 ) -> None:
     async with orchestrating(amqp_url, database_url), relaying(amqp_url) as url:
-        agents = [BaseAgent(url, resources=Resources(), pool_name="lab") for _ in range(20)]
+        agents = [BaseAgent(url, resources=NoResources(), pool_name="lab") for _ in range(20)]
 
         async def connections() -> list[str]:
             vhost = urlsplit(amqp_url).path[1:]
@@ -147,7 +138,7 @@ async def test_a_confirm_comes_after_that_of_the_broker(broker: str) -> None:
 
 
 async def test_what_no_queue_takes_is_not_confirmed(broker: str) -> None:
-    async with relaying(broker) as url, BaseAgent(url, resources=Resources()) as agent:
+    async with relaying(broker) as url, BaseAgent(url, resources=NoResources()) as agent:
         await agent.send_heartbeat()
         async with plain.full_queue(broker, HEARTBEATS, "#"):
             with pytest.raises(NotTaken):
@@ -183,7 +174,7 @@ async def test_an_agent_keeps_its_connection_while_the_broker_is_away_and_speaks
     async with (
         Proxy.to(broker).running() as proxy,
         relaying(proxy.url(broker)) as url,
-        BaseAgent(url, interval_seconds=0.5, resources=Resources()) as agent,
+        BaseAgent(url, interval_seconds=0.5, resources=NoResources()) as agent,
     ):
         await overheard.next()
         current = agent._link.current
@@ -211,7 +202,7 @@ async def test_an_alarm_of_the_broker_blocks_the_agents_behind_a_relay(
 ) -> None:
     async with (
         relaying(broker) as url,
-        BaseAgent(url, interval_seconds=0.5, resources=Resources()) as agent,
+        BaseAgent(url, interval_seconds=0.5, resources=NoResources()) as agent,
     ):
         await agent.send_heartbeat()
         current = agent._link.current
@@ -359,7 +350,7 @@ async def test_agents_may_dial_it_over_tls(
     }
     async with relaying(broker, **files) as url:
         encrypted = url.replace("amqp:", "amqps:") + f"?cafile={certificate / 'certificate.pem'}"
-        async with BaseAgent(encrypted, resources=Resources()) as agent:
+        async with BaseAgent(encrypted, resources=NoResources()) as agent:
             assert await overheard.agents() == [str(agent.identity.agent_id)]
         with pytest.raises(BusUnavailable):
             await session.dial(url, "test")
@@ -454,7 +445,7 @@ async def test_a_killed_relay_loses_nothing_that_it_confirmed(
 
     async with orchestrating(amqp_url, database_url):
         agents = [
-            BaseAgent(url, interval_seconds=0.5, resources=Resources(), pool_name="lab")
+            BaseAgent(url, interval_seconds=0.5, resources=NoResources(), pool_name="lab")
             for _ in range(20)
         ]
 

@@ -88,7 +88,7 @@ async def test_messages_that_wait_and_are_not_delivered_are_noticed_beside_other
 async def test_a_consumer_that_no_fresh_connection_helps_ends_the_process(
     amqp_url: str, database_url: str, ingests: list[Ingest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def blind(_: object) -> tuple[int, int]:
+    async def blind(*_: object) -> tuple[int, int]:
         return 5, 0
 
     monkeypatch.setattr(watchdog, "_counts", blind)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from chiffon.topology import BINDINGS, EXCHANGES, QUEUES, definitions, reply_route
+from chiffon.topology import Topology, definitions, reply_route
 
 
 @pytest.mark.parametrize(
@@ -43,10 +43,14 @@ def test_the_forms_can_be_narrowed() -> None:
         reply_route("amq.gen-x", ("replies-exchange",))
 
 
-def test_definitions_hold_every_object_and_not_the_responders_queue() -> None:
-    made = definitions("v")
+@pytest.mark.parametrize("shards", [1, 3])
+def test_definitions_hold_every_object_and_not_the_responders_queue(shards: int) -> None:
+    made, wanted = definitions("v", shards), Topology.of(shards)
 
-    assert [one["name"] for one in made["exchanges"]] == [one.name for one in EXCHANGES]
-    assert [one["name"] for one in made["queues"]] == [one.name for one in QUEUES]
-    assert len(made["bindings"]) == len(BINDINGS)
+    assert [one["name"] for one in made["exchanges"]] == [one.name for one in wanted.exchanges]
+    assert [one["name"] for one in made["queues"]] == [one.name for one in wanted.queues]
+    assert len(made["bindings"]) == len(wanted.bindings)
+    assert {one["destination"] for one in made["bindings"]} == (
+        {one.name for one in wanted.queues} | ({"chiffon.shards"} if shards > 1 else set())
+    )
     assert "chiffon.capacity" not in str(made)
