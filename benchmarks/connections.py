@@ -46,12 +46,9 @@ MARKED = "SELECT count(*) FROM agent_registry WHERE pool_name = 'swarm' AND stat
 async def measure(stage: Stage, agents: int, through_relay: bool) -> None:
     """Let so many agents speak, kill the broker, and print what came of it."""
     node = stage.node
-    broker = Server(
-        node.child.process.pid,
-        [str(node.program)],
-        node.environment,
-        Path(node.environment["HOME"]),
-    )
+    assert node is not None
+    home = Path(node.environment["HOME"])
+    broker = Server(stage.broker_pid, [str(node.program)], node.environment, home)
     with ExitStack() as stack:
         stack.callback(broker.end)
         orchestrator = stack.enter_context(

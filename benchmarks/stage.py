@@ -58,7 +58,7 @@ class Stage:
     broker_pid: int
     database_pid: int
     folder: str
-    node: rabbitmq.RabbitMQ
+    node: rabbitmq.RabbitMQ | None
     versions: dict[str, str] = field(default_factory=dict)
 
     @property

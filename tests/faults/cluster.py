@@ -117,6 +117,13 @@ class ClusterLab(Lab):
 @asynccontextmanager
 async def opened(folder: Path) -> AsyncIterator[ClusterLab]:
     """Start a system on three nodes; its agents know all of them."""
+    async with servers(folder) as lab, inhabited(lab, lab.amqp_url) as made:
+        yield made
+
+
+@asynccontextmanager
+async def servers(folder: Path) -> AsyncIterator[ClusterLab]:
+    """Start three nodes and a database, and nobody on them."""
     async with AsyncExitStack() as stack:
         base = await stack.enter_async_context(postgres.run(folder))
         secrets = {".erlang.cookie": "three-nodes", "password": "three-nodes"}
@@ -145,4 +152,4 @@ async def opened(folder: Path) -> AsyncIterator[ClusterLab]:
         database = Server.of(base.child.process.pid)
         lab = ClusterLab(url, base.url, brokers, database, Proxy("", 0), folder)
         lab.nodes = nodes
-        yield await stack.enter_async_context(inhabited(lab, url))
+        yield lab
