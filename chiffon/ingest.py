@@ -8,13 +8,11 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
-from uuid import UUID
 
 from prometheus_client import Counter, Histogram
 
-from chiffon import liveness
 from chiffon.consumer import Consumer
 from chiffon.dead_letters import DeadLetters
 from chiffon.encoding import Refusal, encode
@@ -24,7 +22,8 @@ from chiffon.frames import Delivery
 from chiffon.metrics import SECONDS
 from chiffon.reading import Reading
 from chiffon.receipt import Receipt
-from chiffon.registry import Recorded, Registry, Stale
+from chiffon.registry import Recorded, Registry
+from chiffon.rivals import Rivals
 from chiffon.topology import INGEST, ONE_QUEUE, Topology
 
 log = logging.getLogger(__name__)
@@ -77,33 +76,6 @@ PATH = Histogram(
 )
 
 
-class _Rivals:
-    """Agents of whose earlier start heartbeats keep coming: two processes use one id."""
-
-    def __init__(self) -> None:
-        self._seen: dict[UUID, int] = {}
-        self._named: dict[UUID, float] = {}
-
-    def tell(self, stale: Iterable[Stale]) -> None:
-        """Name those of which it was not the first time, each at most once a minute."""
-        now = time.monotonic()
-        for one in stale:
-            # The first few may be what was in the queue when the agent was started anew.
-            self._seen[one.agent_id] = self._seen.get(one.agent_id, 0) + 1
-            is_kept_up = self._seen[one.agent_id] >= liveness.MISSED_HEARTBEATS
-            if not is_kept_up or now - self._named.get(one.agent_id, -60.0) < 60.0:
-                continue
-            self._named[one.agent_id] = now
-            log.warning(
-                "agent %s sends heartbeats of an earlier start (%d, the registry has %d): a "
-                "cloned disk, or a clock set back; mend: `chiffon fleet forget %s`",
-                one.agent_id,
-                one.incarnation,
-                one.kept_incarnation,
-                one.agent_id,
-            )
-
-
 class Ingest:
     """Records what a queue of heartbeats holds.
 
@@ -148,7 +120,7 @@ class Ingest:
         self._arrived = asyncio.Event()
         self._full = asyncio.Event()
         self._stopping = self._ended = False
-        self._rivals = _Rivals()
+        self._rivals = Rivals()
 
     async def attach(self, consumer: Consumer) -> None:
         """Start to consume on a new connection.

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -17,8 +17,9 @@ from asyncpg.pool import PoolConnectionProxy
 
 from chiffon import liveness
 from chiffon.errors import TablesMissing
-from chiffon.messages import CapacityQuery, CapacityReserve, ResourceMetrics, StatusUpdate
+from chiffon.messages import CapacityQuery, CapacityReserve, StatusUpdate
 from chiffon.receipt import Receipt
+from chiffon.registry.columns import columns
 from chiffon.registry.connection import ANSWER_SECONDS, answering, asyncpg_url, pool
 from chiffon.registry.offers import (
     EXPLAIN,
@@ -41,6 +42,7 @@ from chiffon.registry.rows import (
     Stale,
     Swept,
     Transition,
+    agent_of,
     document,
 )
 from chiffon.registry.statements import (
@@ -137,7 +139,7 @@ class Registry:
             return Recorded([], [])
         async with self._connection() as connection:
             await self._prepare_on(connection)
-            rows = await connection.fetch(RECORD, *_columns(batch, time.monotonic()))
+            rows = await connection.fetch(RECORD, *columns(batch, time.monotonic()))
         changed = {row["agent_id"] for row in rows if row["is_changed"]}
         return Recorded(
             [
@@ -288,11 +290,11 @@ class Registry:
     async def show(self, agent_id: UUID) -> AgentRow | None:
         """Return one agent, or ``None`` if there is no such agent."""
         rows = await self.fetch(SHOW, agent_id)
-        return _agent(rows[0]) if rows else None
+        return agent_of(rows[0]) if rows else None
 
     async def show_many(self, agent_ids: Sequence[UUID]) -> list[AgentRow]:
         """Return these agents, in no order, without those that are not there."""
-        return [_agent(row) for row in await self.fetch(SHOW_MANY, agent_ids)]
+        return [agent_of(row) for row in await self.fetch(SHOW_MANY, agent_ids)]
 
     async def list_agents(
         self,
@@ -314,7 +316,7 @@ class Registry:
         """
         place = after or (None, None, None)
         rows = await self.fetch(LIST, status, pool_name, agent_type, *place, most)
-        return [_agent(row) for row in rows]
+        return [agent_of(row) for row in rows]
 
     async def versions(self) -> dict[UUID, str]:
         """Return every agent's id, with a mark that is another one after each change of its row."""
@@ -388,46 +390,6 @@ class Registry:
             return await connection.fetch(statement, *arguments)
 
 
-def _columns(batch: Sequence[Receipt], now: float) -> tuple[list[Any], ...]:
-    updates = [receipt.update for receipt in batch]
-    to_json = ResourceMetrics.__pydantic_serializer__.to_json
-    return (
-        [one.agent_id for one in updates],
-        [one.agent_type for one in updates],
-        [one.pool_name for one in updates],
-        [_words(tuple(one.capabilities)) for one in updates],
-        [one.status for one in updates],
-        [one.hostname for one in updates],
-        [one.agent_version for one in updates],
-        [one.incarnation for one in updates],
-        [one.sequence for one in updates],
-        [one.sent_at for one in updates],
-        [one.interval_seconds for one in updates],
-        [liveness.lease(one.interval_seconds) for one in updates],
-        [now - receipt.received for receipt in batch],
-        [None if one.resources is None else to_json(one.resources).decode() for one in updates],
-    )
-
-
-@lru_cache(maxsize=1_024)
-def _words(capabilities: tuple[str, ...]) -> str:
-    return json.dumps(capabilities)
-
-
 def _transition(update: StatusUpdate) -> Transition:
     reason = "farewell" if update.is_farewell else None
     return Transition(update.agent_id, update.hostname, update.pool_name, update.status, reason)
-
-
-def _agent(row: asyncpg.Record) -> AgentRow:
-    fields = dict(row)
-    words = document(fields["capabilities"])  # others may have written it
-    fields["capabilities"] = (
-        [word for word in words if isinstance(word, str)] if isinstance(words, list) else []
-    )
-    fields["resource_metrics"] = document(fields["resource_metrics"])
-    held = document(fields["held"] or "{}")
-    fields["held"] = held if isinstance(held, dict) else {}
-    if fields["age_seconds"] is not None:
-        fields["age_seconds"] = max(fields["age_seconds"], 0.0)
-    return AgentRow(**fields)

@@ -167,3 +167,18 @@ class Misfits:
     counts: list[tuple[str | None, int, float | None, str | None]]
     nearest: list[dict[str, Any]]
     relaxed: dict[str, Any] | None = None
+
+
+def agent_of(row: asyncpg.Record) -> AgentRow:
+    """Return an agent from its row, whoever wrote it."""
+    fields = dict(row)
+    words = document(fields["capabilities"])  # others may have written it
+    fields["capabilities"] = (
+        [word for word in words if isinstance(word, str)] if isinstance(words, list) else []
+    )
+    fields["resource_metrics"] = document(fields["resource_metrics"])
+    held = document(fields["held"] or "{}")
+    fields["held"] = held if isinstance(held, dict) else {}
+    if fields["age_seconds"] is not None:
+        fields["age_seconds"] = max(fields["age_seconds"], 0.0)
+    return AgentRow(**fields)
