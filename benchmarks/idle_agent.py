@@ -192,6 +192,7 @@ async def running(program: Program) -> AsyncIterator[psutil.Process]:
         env={**os.environ, **program.environment},
         cwd=PROJECT,
         stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
     )
     try:
         yield psutil.Process(process.pid)
