@@ -70,13 +70,18 @@ def show(label: str, seconds: list[float]) -> None:
     print(f"  {label:<40}p50 {p50:>8.1f}   p99 {p99:>8.1f}   p99.9 {p999:>8.1f} ms", flush=True)
 
 
-async def catch_up(stage: Stage, fleet: Fleet) -> None:
-    """Fill the queue while the orchestrator is away, and let it come back."""
+async def catch_up(stage: Stage, fleet: Fleet, alive: int) -> None:
+    """Fill the queue while the orchestrator is away, and let it come back.
+
+    Of as many heartbeats as the queue holds, only so many have not outlived their lease.
+    """
+    rounds = MOST_IN_QUEUE // len(fleet.agent_ids)
     async with stage.database() as database:
         await stage.purge()
         await fleet.add_rows(database)
-        await publish(stage.amqp_url, fleet.heartbeats(), MOST_IN_QUEUE)
-        rounds = MOST_IN_QUEUE // len(fleet.agent_ids)
+        heartbeats = fleet.heartbeats()
+        await publish(stage.amqp_url, heartbeats, MOST_IN_QUEUE - alive, expiration_ms=1)
+        await publish(stage.amqp_url, heartbeats, alive)
 
         async def is_caught_up() -> bool:
             least = await database.fetchval("SELECT min(sequence) FROM agent_registry")
@@ -87,8 +92,8 @@ async def catch_up(stage: Stage, fleet: Fleet) -> None:
             await until(is_caught_up, "every agent's newest heartbeat", 120)
             seconds = time.monotonic() - began
     print(
-        f"  {MOST_IN_QUEUE} heartbeats of {len(fleet.agent_ids)} agents, which is all that the"
-        f" queue holds: caught up {seconds:.1f} s after the start of the process",
+        f"  {MOST_IN_QUEUE} heartbeats of {len(fleet.agent_ids)} agents, of which {alive} have not"
+        f" outlived their lease: caught up {seconds:.1f} s after the start of the process",
         flush=True,
     )
 
@@ -112,7 +117,8 @@ async def run(agents: int, heartbeats: int, probes: int) -> None:
                 seen, asked = await ages(stage, probes)
             show(f"published to seen, {heartbeats} heartbeats/s", seen)
             show("  one question", asked)
-        await catch_up(stage, fleet)
+        for alive in (MOST_IN_QUEUE, 3 * agents):
+            await catch_up(stage, fleet, alive)
 
 
 async def _speaking(stage: Stage, heartbeats: int) -> None:

@@ -207,12 +207,17 @@ async def publish(
     exchange: str = HEARTBEATS,
     kind: str | None = STATUS_UPDATE,
     per_second: float | None = None,
+    expiration_ms: int | None = None,
 ) -> None:
     """Publish so many messages and wait until the broker has confirmed them all."""
     session = await dial_any(url, "benchmark publishes")
     try:
         channel = await session.channel()
-        properties = Properties(message_type=kind, content_type="application/json")
+        properties = Properties(
+            message_type=kind,
+            content_type="application/json",
+            expiration=None if expiration_ms is None else str(expiration_ms),
+        )
         began, pending = time.monotonic(), set[asyncio.Future[object]]()
         for number in range(count):
             key, body = next(messages)
