@@ -11,6 +11,7 @@ from chiffon.messages import STATUS_UPDATE
 from chiffon.receipt import Receipt
 from chiffon.topology import HELD_HEADER, relay_key
 
+_DEEPEST = 150
 ABREAST_SECONDS = 1.0
 """Heartbeats of one array came within so long of each other: it has one age for all of them."""
 
@@ -39,18 +40,17 @@ def gathered(
         now: Seconds of ``time.monotonic``.
 
     Returns:
-        The arrays, and the numbers of the agents whose heartbeat has outlived its lease.
+        The arrays, and the numbers of the agents whose heartbeat goes nowhere: it has outlived its
+        lease, or is too large for an array.
     """
     alike: dict[tuple[str, bool, float, int], list[tuple[int, float, bytes]]] = {}
-    outlived: list[int] = []
+    dropped: list[int] = []
     for (update, received), delivery in kept:
         lease, held = liveness.lease(update.interval_seconds), max(now - received, 0.0)
-        if held >= lease and not update.is_farewell:
-            outlived.append(update.agent_id.int)
+        body = delivery.body if _goes_as_it_came(delivery.body) else encode(update)
+        if (held >= lease and not update.is_farewell) or len(body) + 2 > MAX_ARRAY_BYTES:
+            dropped.append(update.agent_id.int)
             continue
-        # As it came, with whatever a later version of the contract has in it.
-        is_alone = delivery.body[:1] == b"{"
-        body = delivery.body if is_alone else encode(update)
         group = update.pool_name, update.is_farewell, lease, int(held / ABREAST_SECONDS)
         alike.setdefault(group, []).append((update.agent_id.int, held, body))
     arrays = [
@@ -58,7 +58,15 @@ def gathered(
         for (pool_name, is_farewell, lease, _), members in alike.items()
         for part in _parts(members)
     ]
-    return arrays, outlived
+    return arrays, dropped
+
+
+def _goes_as_it_came(body: bytes) -> bool:
+    """Whether a body is one heartbeat, with whatever a later version of the contract has in it.
+
+    It must be readable within an array as well, for the parser has a limit of depth.
+    """
+    return body[:1] == b"{" and body.count(b"[") + body.count(b"{") < _DEEPEST
 
 
 def _parts(
@@ -68,7 +76,9 @@ def _parts(
     first = size = 0
     for position, (_, _, body) in enumerate(members):
         size += len(body) + 1
-        if size + 1 > MAX_ARRAY_BYTES or position - first == MAX_ARRAY_HEARTBEATS:
+        if position > first and (
+            size + 1 > MAX_ARRAY_BYTES or position - first == MAX_ARRAY_HEARTBEATS
+        ):
             yield members[first:position]
             first, size = position, len(body) + 1
     yield members[first:]

@@ -5,9 +5,9 @@ A body that does not fit is refused with one line that names the field, never wi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, FailFast, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from chiffon import messages
@@ -120,7 +120,8 @@ def _plain_heartbeats(body: bytes, key: str) -> list[StatusUpdate] | None:
     return [update] if is_its_own else None
 
 
-_ARRAY = TypeAdapter(list[StatusUpdate])
+# Of what does not fit no more is looked at here: it is read once more, element by element.
+_ARRAY = TypeAdapter(Annotated[list[StatusUpdate], FailFast()])
 
 
 def routing_key(update: StatusUpdate) -> str:

@@ -21,6 +21,9 @@ from chiffon.errors import BusUnavailable
 MAX_FRAME_BYTES = 131_072
 """What we offer the broker, and RabbitMQ's own default."""
 
+MOST_PARTS = 4_096
+"""Of one body; each costs more memory than a byte or two that it may bring."""
+
 _METHOD, _HEADER, _BODY, _HEARTBEAT = 1, 2, 3, 8
 _END = 0xCE
 _FRAME = Struct(">BHI")  # kind, channel, size of the payload
@@ -83,6 +86,8 @@ class Frames:
         channels: On which there may be messages.
         of_publisher: Whether a publisher is at the other end, and not the broker.
         max_body_bytes: The largest message to read.
+
+    ``channels`` may be changed as channels are agreed on.
     """
 
     def __init__(
@@ -93,7 +98,7 @@ class Frames:
         max_body_bytes: int = 2**63,
     ) -> None:
         self.max_frame_bytes = MAX_FRAME_BYTES
-        self._channels = channels
+        self.channels = channels
         self._method_of_messages = _BASIC_PUBLISH if of_publisher else _BASIC_DELIVER
         self._begin = _published if of_publisher else _delivered
         self._max_body_bytes = max_body_bytes
@@ -143,7 +148,7 @@ class Frames:
     def _begins(self, data: bytes, at: int, last: int, channel: int) -> bool:
         if _METHOD_ID.unpack_from(data, at)[0] != self._method_of_messages:
             return False
-        if channel in self._contents or channel not in self._channels:
+        if channel in self._contents or channel not in self.channels:
             raise BadFrame("a message in the midst of another, or on no open channel")
         self._contents[channel] = self._begin(data, at + 4, last)
         return True
@@ -166,6 +171,8 @@ class Frames:
             self._head(content, kind, data[start:last])
         elif kind != _BODY or not 0 < last - start <= content.missing:
             raise BadFrame(f"a frame of kind {kind}, {last - start} bytes, out of its order")
+        elif len(content.parts) >= MOST_PARTS:
+            raise BadFrame(f"a body in more than {MOST_PARTS} frames")
         else:
             content.missing -= last - start
             content.parts.append(data[start:last])

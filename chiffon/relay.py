@@ -26,6 +26,7 @@ from chiffon.dead_letters import DeadLetters
 from chiffon.errors import BadConfiguration, ChiffonError, exit_code
 from chiffon.exposition import Page, exposing
 from chiffon.forwarder import Forwarder
+from chiffon.letters import Letters
 from chiffon.link import Link
 from chiffon.logs import configure
 from chiffon.provisioning import await_exchange
@@ -80,9 +81,10 @@ async def serve(
             )
         )
         setting_aside = await stack.enter_async_context(link(name=f"relay {name} sets aside"))
+        letters = Letters(DeadLetters(setting_aside))
         forwarder = Forwarder(
             outgoing,
-            DeadLetters(setting_aside),
+            letters,
             name=name,
             seconds=settings.relay_seconds,
             login=login.get_secret_value() if login is not None else None,
@@ -103,12 +105,15 @@ async def serve(
         )
         if listening is not None:
             listening.set_result(port)
-        await _run_until(stopped, forwarder, outgoing)
+        await _run_until(stopped, forwarder, letters, outgoing)
     log.info("relay %s stopped", name)
 
 
-async def _run_until(stopped: asyncio.Event, forwarder: Forwarder, outgoing: Link) -> None:
+async def _run_until(
+    stopped: asyncio.Event, forwarder: Forwarder, letters: Letters, outgoing: Link
+) -> None:
     forwarding = asyncio.create_task(forwarder.run(), name="relay")
+    setting_aside = asyncio.create_task(letters.run(), name="letters")
     # Ends only where the broker refuses us; nobody else waits for it while no agent speaks.
     refused: asyncio.Future[Any] = asyncio.ensure_future(outgoing.session())
     stopping: asyncio.Future[Any] = asyncio.ensure_future(stopped.wait())
@@ -120,11 +125,14 @@ async def _run_until(stopped: asyncio.Event, forwarder: Forwarder, outgoing: Lin
         if forwarding.done():
             await forwarding
         forwarder.stop()
-        await asyncio.wait({forwarding}, timeout=DRAIN_SECONDS)
+        left = asyncio.create_task(letters.drained())
+        await asyncio.wait({forwarding, left}, timeout=DRAIN_SECONDS)
+        left.cancel()
     finally:
-        for task in (forwarding, refused, stopping):
+        tasks = {forwarding, setting_aside, refused, stopping}
+        for task in tasks:
             task.cancel()
-        await asyncio.wait({forwarding, refused, stopping})
+        await asyncio.wait(tasks)
 
 
 def _pages(outgoing: Link, forwarder: Forwarder) -> dict[str, Callable[[bool], Awaitable[Page]]]:

@@ -29,6 +29,9 @@ from chiffon.errors import (
 )
 
 DIAL_SECONDS = 3.0
+DIAL_LIMIT_SECONDS = 20.0
+"""For all steps of a dial, over a line on which each takes its time."""
+
 CLOSE_SECONDS = 3.0
 
 HEARTBEAT_SECONDS = 5
@@ -207,7 +210,10 @@ async def dial(url: str, name: str) -> Session:
     connection = aio_pika.Connection(URL(target), client_properties={"connection_name": name})
     try:
         with _cancellable(), _translated_dial(parts, where):
-            await connection.connect(timeout=DIAL_SECONDS)
+            # The library's timeout is for each step but the last, which waits for as long as the
+            # broker says that it is blocked.
+            async with asyncio.timeout(DIAL_LIMIT_SECONDS):
+                await connection.connect(timeout=DIAL_SECONDS)
     except BaseException:
         await connection.close()
         raise

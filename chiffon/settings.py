@@ -138,7 +138,7 @@ class Settings(BaseSettings):
         description="Ends the routing keys of its arrays; the host's name if not given.",
     )
     relay_seconds: float = Field(
-        0.2, ge=0.01, le=1, description="For how long a relay gathers heartbeats."
+        0.2, ge=0.01, le=0.5, description="For how long a relay gathers heartbeats."
     )
     rpc_timeout_seconds: float = Field(5.0, gt=0, le=3_600, allow_inf_nan=False)
 

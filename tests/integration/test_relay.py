@@ -1,6 +1,7 @@
 """The relay between agents and a real broker."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -12,13 +13,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 import aio_pika
 import aiormq
 import pytest
 from pamqp import commands, frame
 
-from chiffon import listener, session
+from chiffon import guest, session
 from chiffon.agent import BaseAgent
 from chiffon.encoding import encode, routing_key
 from chiffon.errors import BadConfiguration, BusRefused, BusUnavailable, NotTaken
@@ -151,21 +153,109 @@ async def test_what_nobody_can_read_is_set_aside_with_its_reason_and_costs_nothi
 ) -> None:
     good, strange = update(), update()
     key = routing_key(good)
-    async with plain.channel(broker) as looking, relaying(broker, relay_seconds=0.5) as url:
+    async with (
+        plain.channel(broker) as looking,
+        relaying(broker, relay_seconds=0.5) as url,
+        plain.channel(url) as to,
+        plain.channel(url) as other,
+    ):
         dead = await looking.get_queue("chiffon.dead-letters")
-        async with plain.channel(url) as to:
-            await asyncio.gather(
-                plain.publish(to, HEARTBEATS, key, b"{not json", "status_update.v1"),
-                plain.publish(to, HEARTBEATS, key, encode(strange), "status_update.v1"),
-                plain.publish(to, HEARTBEATS, key, encode(good), "status_update.v9"),
-                plain.publish(to, HEARTBEATS, "heartbeat.chiffon.canary.x", b"{}", "canary.v1"),
-                send(to, good),
-            )
-        letters = [await dead.get(no_ack=True) for _ in range(4)]
+        outcomes = await asyncio.gather(
+            plain.publish(to, HEARTBEATS, key, b"{not json", "status_update.v1"),
+            plain.publish(to, HEARTBEATS, key, encode(strange), "status_update.v1"),
+            plain.publish(to, HEARTBEATS, key, encode(good), "status_update.v9"),
+            plain.publish(to, HEARTBEATS, "heartbeat.chiffon.canary.x", b"{}", "canary.v1"),
+            send(other, good),
+            return_exceptions=True,
+        )
+
+        async def letter() -> Any:
+            return await dead.get(no_ack=True, fail=False)
+
+        letters = [await until(letter, "a dead letter") for _ in range(4)]
         assert await overheard.agents() == [str(good.agent_id)]
 
+    assert [type(one) for one in outcomes] == [
+        *[aio_pika.exceptions.DeliveryError] * 4,
+        type(None),
+    ], "who sent it is told that it was not taken"
     reasons = sorted(str(one.headers["chiffon-reason"]) for one in letters)
     assert [reason.partition(" ")[0] for reason in reasons] == ["a", "not", "routing", "type"]
+
+
+async def test_dead_letters_that_cannot_be_written_hold_nobody_up(
+    broker: str, overheard: Overheard, management: Management
+) -> None:
+    """The broker does not let the relay write there."""
+    vhost, user = urlsplit(broker).path[1:], f"relay-{uuid4().hex}"
+    management.call("PUT", f"users/{user}", {"password": "secret", "tags": ""})
+    try:
+        may = {"configure": "^$", "write": r"^chiffon\.heartbeats$", "read": "^$"}
+        management.call("PUT", f"permissions/{vhost}/{user}", may)
+        parts = urlsplit(broker)
+        own = parts._replace(netloc=f"{user}:secret@{parts.hostname}:{parts.port}").geturl()
+        async with (
+            relaying(own) as url,
+            plain.channel(url) as bad,
+            BaseAgent(url, interval_seconds=0.5, resources=NoResources()) as agent,
+        ):
+            for _ in range(3):
+                with pytest.raises(aio_pika.exceptions.DeliveryError):
+                    await plain.publish(bad, HEARTBEATS, "x", b"{", "status_update.v1")
+                await asyncio.wait_for(agent.send_heartbeat(), 1.5)
+            assert agent._link.connections_made == 1
+            assert await overheard.agents() == [str(agent.identity.agent_id)]
+    finally:
+        management.call("DELETE", f"users/{user}")
+
+
+async def test_an_agent_that_starts_while_the_broker_is_away_speaks_after_it(
+    broker: str, overheard: Overheard
+) -> None:
+    """It dials the relay for longer than two of its AMQP heartbeats, 10 s."""
+    async with Proxy.to(broker).running() as proxy:
+        proxy.resets_after_bytes = 0
+        async with relaying(proxy.url(broker)) as url:
+            early = BaseAgent(url, interval_seconds=0.5, resources=NoResources())
+            await early.__aenter__()
+            await asyncio.sleep(0.5)  # its first heartbeat has the relay see that nobody is there
+            late = BaseAgent(url, interval_seconds=0.5, resources=NoResources())
+            await late.__aenter__()
+            await asyncio.sleep(11)
+            assert (early.heartbeats_confirmed, late.heartbeats_confirmed) == (0, 0)
+            proxy.resets_after_bytes = None
+
+            async def both_are_heard() -> bool:
+                return bool(early.heartbeats_confirmed and late.heartbeats_confirmed)
+
+            await until(both_are_heard, "a confirmed heartbeat of each")
+            assert late._link.connections_made == 1
+            await early.__aexit__()
+            await late.__aexit__()
+
+
+async def test_a_confirm_of_a_closed_channel_is_not_given_to_the_next(broker: str) -> None:
+    """Its number is that of another channel by then."""
+    first, second = update(), update()
+    async with (
+        Proxy.to(broker).running() as proxy,
+        relaying(proxy.url(broker), relay_seconds=0.2) as url,
+        raw.channel(url) as bare,
+    ):
+        proxy.swallows = True
+        await bare.send_message(HEARTBEATS, routing_key(first), encode(first))
+        await asyncio.sleep(0.4)  # it is on its way
+        await bare.send(commands.Channel.Close(200, "", 0, 0))
+        await bare.until(commands.Channel.CloseOk)
+        await bare.send(commands.Channel.Open())
+        await bare.send(commands.Confirm.Select())
+        await bare.until(commands.Confirm.SelectOk)
+        await bare.send_message(HEARTBEATS, routing_key(second), encode(second))
+        confirming = asyncio.create_task(bare.until(commands.Basic.Ack))
+        await asyncio.wait({confirming}, timeout=0.5)
+        assert not confirming.done()
+        proxy.swallows = False
+        await asyncio.wait_for(confirming, 30)
 
 
 async def test_an_agent_keeps_its_connection_while_the_broker_is_away_and_speaks_after_it(
@@ -234,15 +324,21 @@ async def test_what_outlived_its_lease_in_a_relay_goes_nowhere_and_a_farewell_do
         Proxy.to(broker).running() as proxy,
         relaying(proxy.url(broker)) as url,
         plain.channel(url) as to,
+        plain.channel(url) as another,
     ):
         proxy.resets_after_bytes = 0
-        waiting = [asyncio.create_task(send(to, one)) for one in (ghost, gone)]
+        waiting = [
+            asyncio.create_task(send(over, one)) for over, one in ((to, ghost), (another, gone))
+        ]
         await asyncio.wait(waiting, timeout=5.5)  # a lease is 5 s
         assert not any(one.done() for one in waiting)
         proxy.resets_after_bytes = None
         message = await overheard.next()
-        await asyncio.wait_for(asyncio.gather(*waiting), 30)
+        async with asyncio.timeout(30):
+            outcomes = await asyncio.gather(*waiting, return_exceptions=True)
 
+    assert isinstance(outcomes[0], aio_pika.exceptions.DeliveryError), "it was not taken"
+    assert outcomes[1] is None
     assert [one["agent_id"] for one in json.loads(message.body)] == [str(gone.agent_id)]
     assert message.headers["chiffon-held-ms"] >= 5_000
     assert message.expiration is None
@@ -275,7 +371,7 @@ async def test_heartbeats_are_as_old_in_the_registry_as_they_are(
 
 async def test_a_stopped_relay_forwards_what_it_holds(broker: str, overheard: Overheard) -> None:
     last = update()
-    async with relaying(broker, relay_seconds=1.0) as url, plain.channel(url) as to:
+    async with relaying(broker, relay_seconds=0.5) as url, plain.channel(url) as to:
         sending = asyncio.create_task(send(to, last))
         await asyncio.wait({sending}, timeout=0.2)  # less than it gathers
         assert not sending.done()
@@ -381,14 +477,39 @@ async def stranger(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asynci
 async def test_a_stranger_is_told_what_is_wrong_and_cut_off(
     broker: str, said: bytes, answer: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(guest, "CLOSE_SECONDS", 0.2)
     async with relaying(broker) as url, stranger(url) as (reader, writer):
         writer.write(said)
         assert answer in await asyncio.wait_for(reader.read(), 10)
 
 
+async def test_messages_are_not_taken_before_the_login(broker: str) -> None:
+    async with relaying(broker) as url, stranger(url) as (reader, writer):
+        publish = frame.marshal(commands.Basic.Publish(exchange=HEARTBEATS, routing_key="x"), 1)
+        writer.write(b"AMQP\0\0\x09\x01" + publish)
+        assert b"on no open channel" in await asyncio.wait_for(reader.read(), 10)
+
+
+async def test_a_client_that_reads_nothing_is_cut_off_and_holds_up_no_end(
+    broker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guest, "UNREAD_BYTES", 10_000)
+    looks = frame.marshal(commands.Exchange.Declare(exchange=HEARTBEATS, passive=True), 1) * 5_000
+    async with relaying(broker) as url, raw.channel(url) as bare:
+        with contextlib.suppress(ConnectionError):
+            while not bare.is_closing:
+                bare.write(looks)
+                await asyncio.sleep(0.01)
+
+
+async def test_names_that_are_too_long_for_the_protocol_are_cut(broker: str) -> None:
+    async with relaying(broker) as url, raw.channel(url) as bare:
+        with pytest.raises(AssertionError, match="NOT_FOUND - a relay has no exchange"):
+            await bare.publish("\U0001f600" * 63, b"key", b"body", {})
+
+
 async def test_who_says_nothing_is_cut_off(broker: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener, "HANDSHAKE_SECONDS", 0.2)
+    monkeypatch.setattr(guest, "HANDSHAKE_SECONDS", 0.2)
     async with relaying(broker) as url, stranger(url) as (reader, _):
         assert await asyncio.wait_for(reader.read(), 10) == b""
 
@@ -405,7 +526,7 @@ async def test_a_client_that_falls_silent_is_cut_off_after_two_heartbeats(broker
 async def test_of_a_client_that_sends_faster_than_the_broker_takes_no_more_is_read(
     broker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener, "UNSETTLED", 10)
+    monkeypatch.setattr(guest, "UNSETTLED", 10)
     heartbeats = [update() for _ in range(100)]
     async with (
         Proxy.to(broker).running() as proxy,

@@ -4,6 +4,7 @@ import json
 import time
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pamqp.commands import Basic
@@ -102,3 +103,27 @@ def test_a_relay_behind_a_relay_takes_its_arrays_apart() -> None:
         [first],
         [second],
     ]
+
+
+def test_what_cannot_be_read_within_an_array_goes_on_as_we_read_it() -> None:
+    """The parser has a limit of depth, and an array is one level more."""
+    heartbeat, other = update(), update()
+    deep = json.loads(encode(heartbeat))
+    deep["future"] = "DEEP"
+    body = json.dumps(deep).replace('"DEEP"', "[" * 199 + "]" * 199).encode()
+    assert decode_heartbeats(body, routing_key(heartbeat))[0] == [heartbeat]
+
+    [array], _ = gathered([kept(heartbeat, 0.0, body), kept(other, 0.0)], "r", NOW)
+
+    assert decode_heartbeats(array.body, array.routing_key) == ([heartbeat, other], ())
+
+
+def test_what_is_too_large_for_an_array_goes_nowhere_and_costs_nothing_else() -> None:
+    large = kept(update(), 0.0, b"[" + b" " * MAX_ARRAY_BYTES + b"]")
+    wide = update(capabilities=["x" * 60] * 64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrays, "encode", lambda _: b"x" * MAX_ARRAY_BYTES)
+        made, dropped = gathered([large, kept(wide, 0.0)], "r", NOW)
+
+    assert dropped == [large[0].update.agent_id.int]
+    assert [array.agents for array in made] == [[wide.agent_id.int]]
