@@ -8,7 +8,9 @@ everything on a connection that publishes, acknowledgements included; answers ha
 import asyncio
 import gc
 import logging
+import math
 import signal
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
@@ -25,11 +27,11 @@ from chiffon.errors import BusUnavailable
 from chiffon.events import Events
 from chiffon.expiry import Expiry
 from chiffon.exposition import Page, exposing
-from chiffon.ingest import Ingest
+from chiffon.ingest import AT_ONCE, Ingest
 from chiffon.link import Link
 from chiffon.provisioning import ensure
 from chiffon.questions import Questions
-from chiffon.registry import Registry
+from chiffon.registry import CONNECTIONS, Registry
 from chiffon.reservations import ReservationService
 from chiffon.responder import Responder
 from chiffon.session import Session, dial_any
@@ -41,6 +43,7 @@ from chiffon.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
+DECLARED_SECONDS = 0.5
 DRAIN_SECONDS = 8.0
 """For the last batch to be committed and acknowledged after SIGTERM."""
 
@@ -72,14 +75,23 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
     own = wanted.ingest
     if settings.ingest_shard is not None:
         own = (wanted.ingest[settings.ingest_shard - 1],)
-    keys = canary_keys(orchestrator_id, wanted)
+    keys = canary_keys(orchestrator_id, wanted, own)
+    declaring, declared_at = asyncio.Lock(), -math.inf
 
     async def declare() -> None:
-        await ensure(lambda: dial_any(amqp_url, f"{name} declares"), wanted)
+        nonlocal declared_at
+        async with declaring:
+            # After a restart of the broker all connections come here at about the same time.
+            if time.monotonic() - declared_at > DECLARED_SECONDS:
+                await ensure(lambda: dial_any(amqp_url, f"{name} declares"), wanted, own)
+                declared_at = time.monotonic()
 
     async with AsyncExitStack() as stack:
         registry = await stack.enter_async_context(
-            Registry.open(settings.database_url.get_secret_value())
+            Registry.open(
+                settings.database_url.get_secret_value(),
+                connections=CONNECTIONS + AT_ONCE * (len(own) - 1),
+            )
         )
         await migrations.require_head(registry)
         await declare()  # what cannot be mended ends the process here
@@ -87,6 +99,8 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
             Link(amqp_url, name=f"{name} publishes", prepare=lambda _: declare())
         )
         answers = await stack.enter_async_context(Link(amqp_url, name=f"{name} answers"))
+        # Of their own: a queue that is down confirms none, which ends their connection each time.
+        canaries = await stack.enter_async_context(Link(amqp_url, name=f"{name} proves"))
         dead_letters = DeadLetters(outgoing)
         # Of their own: where an answer goes is the asker's word, and it is sent again and again.
         late_answers = await stack.enter_async_context(Link(amqp_url, name=f"{name} calls back"))
@@ -164,7 +178,7 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
             "sweeper": sweeper.run(),
             "expiry": expiry.run(),
             "waiting": waiting.run(),
-            "canary": Canary(outgoing, keys).run(),
+            "canary": Canary(canaries, keys).run(),
             "events": events.run(),
             "closings": closings.run(),
             **{f"watchdog of {one.queue}": Watchdog(one, outgoing).run() for one in ingests},

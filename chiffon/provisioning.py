@@ -120,8 +120,6 @@ async def declare_queue(channel: Channel, queue: Queue) -> None:
                     timeout=ONE_NODE_SECONDS if is_on_one_node else ANSWER_SECONDS,
                 )
             except TimeoutError:
-                if not is_on_one_node:
-                    raise
                 raise QueueDown(queue.name) from None  # RabbitMQ 4.0 looks for it for a minute
     except TopologyMissing:
         # To a declaration that is not passive this is the only meaning of "not found".
@@ -170,19 +168,22 @@ async def declare_exchange(channel: Channel, exchange: Exchange) -> None:
         ) from None
 
 
-async def ensure(dial: Dial, wanted: Topology = ONE_QUEUE) -> None:
+async def ensure(
+    dial: Dial, wanted: Topology = ONE_QUEUE, needed: Collection[str] | None = None
+) -> None:
     """Declare the topology, or where that is not allowed, make sure that it is there.
 
-    A queue on a node that is down is done without, but for that of the heartbeats.
+    A queue on nodes that are down is done without, if it is not needed.
 
     Args:
         dial: Opens a connection; each refusal of the broker costs one.
         wanted: What is to be there.
+        needed: The queues that there is no doing without; default those of heartbeats.
 
     Raises:
         TopologyMissing: Not there, and we may not declare it; the message lists what.
         TopologyMismatch: There, with other arguments.
-        QueueDown: The queue of the heartbeats is on nodes that are down.
+        QueueDown: A queue that is needed is on nodes that are down.
         BusUnavailable: The broker cannot be reached.
     """
     down: set[str] = set()
@@ -192,7 +193,7 @@ async def ensure(dial: Dial, wanted: Topology = ONE_QUEUE) -> None:
             await declare(session, wanted, without=down)
             return
         except QueueDown as error:
-            if error.queue in wanted.ingest:
+            if error.queue in (wanted.ingest if needed is None else needed):
                 raise
             log.warning("%s: going on without it", error)
             down.add(error.queue)

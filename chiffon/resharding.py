@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from chiffon.errors import TopologyMissing
-from chiffon.provisioning import ANSWER_SECONDS, Dial, check
+from chiffon.provisioning import ANSWER_SECONDS, Dial, declare
 from chiffon.session import Channel, Session, translated
-from chiffon.topology import Topology
+from chiffon.topology import Binding, Topology
 
 LOOK_SECONDS = 1.0
 
@@ -45,39 +45,28 @@ async def retire(dial: Dial, old: Topology, new: Topology) -> list[Left]:
         What is left.
 
     Raises:
-        TopologyMissing: The new queues are not there, so nobody would get the heartbeats.
-        BusRefused: This user may not unbind or delete.
+        TopologyMissing: The new queues are not consumed, so nobody would get the heartbeats.
+        BusRefused: This user may not declare, unbind or delete.
         BusUnavailable: The broker cannot be reached.
     """
-    absent = [one.name for one in await check(dial, new) if one.verdict == "missing"]
-    if absent:
-        raise TopologyMissing(
-            f"not there yet: {', '.join(absent)}. First start orchestrators with the new "
-            "CHIFFON_INGEST_SHARDS: heartbeats go to their queues from then on"
-        )
+    await _require_consumers(dial, new)
     queues = [name for name in old.ingest if name not in new.ingest]
     exchanges = {one.name for one in old.exchanges} - {one.name for one in new.exchanges}
     left: list[Left] = []
     session = await dial()
     try:
+        # AMQP cannot tell which bindings there are, so they are made once more before others go.
+        await declare(session, new)
         channel = await session.channel(confirms=False)
         for binding in old.bindings:
-            if binding in new.bindings or binding.to not in {*queues, *exchanges}:
-                continue
-            unbind = channel.exchange_unbind if binding.to_exchange else channel.queue_unbind
-            with translated(f"unbinding {binding.to}"):
-                await unbind(
-                    binding.to,
-                    binding.exchange,
-                    routing_key=binding.routing_key,
-                    arguments=binding.arguments,
-                )
+            if binding not in new.bindings and binding.to in {*queues, *exchanges}:
+                await _unbind(channel, binding)
         for queue in queues:
-            found = await _look(dial, queue)
-            if found is None:
+            there = await _look(dial, queue)
+            if there is None:
                 continue
-            if found.messages or found.consumers:
-                left.append(found)
+            if there.messages or there.consumers:
+                left.append(there)
             else:
                 await _delete_queue(channel, queue)
         for exchange in exchanges if not left else ():
@@ -86,6 +75,27 @@ async def retire(dial: Dial, old: Topology, new: Topology) -> list[Left]:
     finally:
         await session.close()
     return left
+
+
+async def _require_consumers(dial: Dial, new: Topology) -> None:
+    for name in new.ingest:
+        found = await _look(dial, name)
+        if found is None or not found.consumers:
+            raise TopologyMissing(
+                f"nobody consumes {name}. First start orchestrators with the new "
+                "CHIFFON_INGEST_SHARDS: heartbeats go to their queues from then on"
+            )
+
+
+async def _unbind(channel: Channel, binding: Binding) -> None:
+    unbind = channel.exchange_unbind if binding.to_exchange else channel.queue_unbind
+    with translated(f"unbinding {binding.to}"):
+        await unbind(
+            binding.to,
+            binding.exchange,
+            routing_key=binding.routing_key,
+            arguments=binding.arguments,
+        )
 
 
 async def _look(dial: Dial, queue: str) -> Left | None:

@@ -6,6 +6,7 @@ declaration with others is refused (406). What an operator may want to tune belo
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID
@@ -17,8 +18,9 @@ RPC = "chiffon.rpc"
 DEAD_LETTERS = "chiffon.dead-letters"
 """Name of the exchange and of the queue behind it."""
 INGEST = "chiffon.ingest"
-"""The queue of heartbeats; that of a shard ends with its number, from 1."""
+"""The queue of heartbeats; of shards, ``chiffon.ingest.1-of-2`` and so on."""
 SHARDS = "chiffon.shards"
+"""The exchange before them, with their number behind it: ``chiffon.shards.2``."""
 CAPACITY = "chiffon.capacity"
 
 CAPACITY_KEY = "capacity"
@@ -80,7 +82,11 @@ class Topology:
     @property
     def path(self) -> tuple[str, ...]:
         """The queues of heartbeats, and the exchange that they share if there are several."""
-        return self.ingest if len(self.ingest) == 1 else (SHARDS, *self.ingest)
+        return self.ingest if len(self.ingest) == 1 else (self._shared, *self.ingest)
+
+    @property
+    def _shared(self) -> str:
+        return f"{SHARDS}.{len(self.ingest)}"
 
     def proven_by(self, routing_key: str, queue: str) -> str | None:
         """Return which of ``path`` a canary proves that came by a queue; ``None`` if none."""
@@ -88,8 +94,7 @@ class Topology:
             return queue
         if routing_key.startswith(f"{shard_key(queue)}."):
             return queue
-        # The canary of another shard came through the hash too, but so would one that came around.
-        return SHARDS if routing_key.startswith(_CANARY_KEYS) else None
+        return self._shared if routing_key.startswith(_CANARY_KEYS) else None
 
     @classmethod
     def of(cls, shards: int = 1) -> "Topology":
@@ -97,19 +102,22 @@ class Topology:
 
         Several stand behind an exchange that hashes the routing key, so that those of an agent
         always come by the same. The exchange shares out alike what is bound with the same weight.
+        Another number has nothing in common with it, so that both may be in use for a while, and
+        who has proven the path of one hears the whole fleet.
 
         Args:
             shards: 1 to ``MOST_SHARDS``.
         """
         if shards == 1:
             return cls(_EXCHANGES, (_ingest(INGEST), *_QUEUES), (_TO_INGEST, *_BINDINGS), (INGEST,))
-        names = tuple(f"{INGEST}.{number}" for number in range(1, shards + 1))
+        names = tuple(f"{INGEST}.{number}-of-{shards}" for number in range(1, shards + 1))
+        exchange = f"{SHARDS}.{shards}"
         return cls(
-            (*_EXCHANGES, Exchange(SHARDS, "x-consistent-hash")),
+            (*_EXCHANGES, Exchange(exchange, "x-consistent-hash")),
             (*map(_ingest, names), *_QUEUES),
             (
-                Binding(HEARTBEATS, SHARDS, HEARTBEAT_KEYS, to_exchange=True),
-                *(Binding(SHARDS, name, "1") for name in names),
+                Binding(HEARTBEATS, exchange, HEARTBEAT_KEYS, to_exchange=True),
+                *(Binding(exchange, name, "1") for name in names),
                 # Around the hash, so that each shard can be proven by a canary of its own.
                 *(Binding(HEARTBEATS, name, f"{shard_key(name)}.#") for name in names),
                 *_BINDINGS,
@@ -203,17 +211,21 @@ REPLY_FORMS = ("exclusive-queue", "direct-reply-to", "replies-exchange")
 _CANARY_KEYS = "heartbeat.chiffon.canary."
 
 
-def canary_keys(orchestrator_id: UUID, wanted: Topology) -> list[str]:
-    """Return the routing keys of an orchestrator's canaries; they fit ``heartbeat.#``."""
+def canary_keys(orchestrator_id: UUID, wanted: Topology, own: Sequence[str]) -> list[str]:
+    """Return the routing keys of an orchestrator's canaries.
+
+    The first goes the way of the heartbeats, and so fits ``heartbeat.#``; where there are several
+    queues, one for each that it consumes goes there around the hash.
+    """
     keys = [f"{_CANARY_KEYS}{orchestrator_id}"]
     if len(wanted.ingest) > 1:
-        keys += [f"{shard_key(queue)}.{orchestrator_id}" for queue in wanted.ingest]
+        keys += [f"{shard_key(queue)}.{orchestrator_id}" for queue in own]
     return keys
 
 
 def shard_key(queue: str) -> str:
-    """Return how the routing keys of a shard's own canaries begin; they fit ``heartbeat.#``."""
-    return f"heartbeat.chiffon.shard.{queue.rpartition('.')[2]}"
+    """Return how the routing keys of a shard's own canaries begin; no heartbeat's does."""
+    return f"shard.{queue.rpartition('.')[2]}"
 
 
 def relay_key(pool_name: str, relay_name: str) -> str:

@@ -9,6 +9,7 @@ import asyncio
 import ctypes
 import os
 import pwd
+import random
 import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,9 @@ from chiffon.errors import ChildFailed
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+_SERVER_PORTS = (20_000, 32_000)
 
 
 @dataclass
@@ -116,11 +120,16 @@ class Child:
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback address that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a TCP port of the loopback address that nobody listens on now.
+
+    Below those that the kernel gives to outgoing connections (from 32768): one of them would be
+    taken before a server that starts for seconds gets to it.
+    """
+    while True:
+        port = random.randrange(*_SERVER_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def unprivileged_user() -> str | None:

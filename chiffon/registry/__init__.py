@@ -52,6 +52,7 @@ from chiffon.registry.statements import (
     FORGET_EMPTY_POOLS,
     LAPSE,
     LIST,
+    MARK_PART_FRESH,
     MARK_PATH_FRESH,
     MARK_SILENT,
     RECORD,
@@ -66,6 +67,7 @@ from chiffon.registry.statements import (
 from chiffon.topology import INGEST
 
 __all__ = [
+    "CONNECTIONS",
     "AgentRow",
     "Closing",
     "FleetSummary",
@@ -84,6 +86,8 @@ __all__ = [
 
 SWEEP_SECONDS = 30.0
 """For one statement of a sweep: most of a million agents that fall silent at once take a while."""
+
+CONNECTIONS = 8
 
 LAPSE_AT_ONCE = 5_000
 """Silent agents of an outage that one sweep takes out of the indexes: a fraction of a second."""
@@ -105,7 +109,7 @@ class Registry:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, url: str, *, connections: int = 8) -> AsyncIterator["Registry"]:
+    async def open(cls, url: str, *, connections: int = CONNECTIONS) -> AsyncIterator["Registry"]:
         """Open the registry; connections are made when they are needed.
 
         Args:
@@ -184,8 +188,8 @@ class Registry:
             path: All the parts; see ``Topology.path``.
         """
         async with self._connection() as connection:
-            held = time.monotonic() - received
-            await connection.fetch(MARK_PATH_FRESH, held, delay_seconds, part, path)
+            await connection.fetch(MARK_PART_FRESH, time.monotonic() - received, part)
+            await connection.fetch(MARK_PATH_FRESH, delay_seconds, path)
 
     async def mark_silent(
         self,

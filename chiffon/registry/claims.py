@@ -154,7 +154,8 @@ EXPIRE = _end("""
    WHERE state = 'held' AND expires_at <= statement_timestamp()
      AND EXISTS (
        SELECT FROM ingest_path p
-        WHERE p.fresh_at > statement_timestamp() - interval '5 seconds'
+        WHERE p.fresh_at BETWEEN statement_timestamp() - interval '5 seconds'
+                             AND statement_timestamp() + interval '1 second'
           AND p.fresh_since + least(lease_seconds, 10) * interval '1 second'
               <= statement_timestamp())
    ORDER BY expires_at LIMIT 500 FOR UPDATE SKIP LOCKED""")
@@ -166,7 +167,9 @@ REVOKE = _end(f"""
              CASE WHEN r.drained AND r.drain_deadline <= statement_timestamp()
                   THEN 'agent drained' ELSE 'agent offline' END AS because
         FROM agent_registry r CROSS JOIN LATERAL ({_KEYS}) k (key)
-        LEFT JOIN ingest_path p ON p.fresh_at > statement_timestamp() - interval '5 seconds'
+        LEFT JOIN ingest_path p
+          ON p.fresh_at BETWEEN statement_timestamp() - interval '5 seconds'
+                            AND statement_timestamp() + interval '1 second'
        WHERE r.held IS NOT NULL
          AND (r.drained AND r.drain_deadline <= statement_timestamp()
               OR r.status = 'offline'

@@ -9,7 +9,8 @@ from typing import Any
 
 from chiffon.messages import CapacityQuery, CapacityReserve
 
-DEGRADED = """coalesce((SELECT fresh_at <= statement_timestamp() - interval '5 seconds'
+DEGRADED = """coalesce((SELECT fresh_at NOT BETWEEN statement_timestamp() - interval '5 seconds'
+                                          AND statement_timestamp() + interval '1 second'
                        OR grace_until > statement_timestamp() FROM ingest_path), true)"""
 
 FRESH = (

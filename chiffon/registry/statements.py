@@ -89,25 +89,25 @@ UPDATE agent_registry
  WHERE agent_id = $1
 """
 
+MARK_PART_FRESH = """
+INSERT INTO ingest_part AS p (name, fresh_at) VALUES ($2, now() - $1 * interval '1 second')
+ON CONFLICT (name) DO UPDATE SET
+  fresh_at = CASE WHEN p.fresh_at > statement_timestamp() + interval '1 second'
+    THEN excluded.fresh_at ELSE greatest(p.fresh_at, excluded.fresh_at) END
+"""
+
+# A statement of its own, since it has to see what others marked at the same time.
 MARK_PATH_FRESH = """
-WITH part AS (
-  INSERT INTO ingest_part AS p (name, fresh_at) VALUES ($3, now() - $1 * interval '1 second')
-  ON CONFLICT (name) DO UPDATE SET
-    fresh_at = CASE WHEN p.fresh_at > statement_timestamp() + interval '1 second'
-      THEN excluded.fresh_at ELSE greatest(p.fresh_at, excluded.fresh_at) END
-  RETURNING fresh_at
-), whole AS (
-  SELECT min(fresh_at) AS fresh_at FROM (
-    SELECT fresh_at FROM part UNION ALL
-    SELECT fresh_at FROM ingest_part WHERE name = ANY($4::text[]) AND name <> $3
-  ) parts
-   -- What is from the future was proven before the clock was set back.
-   WHERE fresh_at BETWEEN statement_timestamp() - interval '5 seconds'
+WITH whole AS (
+  SELECT min(fresh_at) AS fresh_at FROM ingest_part
+   WHERE name = ANY($2::text[])
+     -- What is from the future was proven before the clock was set back.
+     AND fresh_at BETWEEN statement_timestamp() - interval '5 seconds'
                       AND statement_timestamp() + interval '1 second'
-  HAVING count(*) = cardinality($4::text[])
+  HAVING count(*) = cardinality($2::text[])
 )
 INSERT INTO ingest_path AS p (queue_delay_seconds, fresh_at, fresh_since, grace_until)
-SELECT $2::float8, whole.fresh_at, statement_timestamp(),
+SELECT $1::float8, whole.fresh_at, statement_timestamp(),
        statement_timestamp() + coalesce((
          SELECT max(r.lease_seconds * 4 / 3 * interval '1 second') FROM agent_registry r
           WHERE r.status IN ('online', 'busy') AND NOT EXISTS (SELECT FROM ingest_path)
@@ -144,7 +144,9 @@ THAW = """
 UPDATE pool_state s SET thawed_at = statement_timestamp()
  WHERE s.thawed_at IS NULL
    AND EXISTS (
-     SELECT FROM ingest_path WHERE fresh_at > statement_timestamp() - interval '5 seconds')
+     SELECT FROM ingest_path
+      WHERE fresh_at BETWEEN statement_timestamp() - interval '5 seconds'
+                         AND statement_timestamp() + interval '1 second')
    AND s.pool_name NOT IN (
      SELECT r.pool_name FROM agent_registry r
       WHERE r.status IN ('online', 'busy')
@@ -184,7 +186,8 @@ UPDATE agent_registry r SET lapsed_heartbeat_at = r.last_heartbeat_at
 MARK_SILENT = """
 WITH path AS (
   SELECT fresh_since, grace_until FROM ingest_path
-   WHERE fresh_at > statement_timestamp() - interval '5 seconds' LIMIT 1
+   WHERE fresh_at BETWEEN statement_timestamp() - interval '5 seconds'
+                      AND statement_timestamp() + interval '1 second' LIMIT 1
 ), sizes AS MATERIALIZED (
   SELECT pool_name, count(*) AS members, sum(count(*)) OVER () AS everybody
     FROM agent_registry WHERE status IN ('online', 'busy') GROUP BY pool_name

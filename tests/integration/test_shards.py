@@ -1,11 +1,13 @@
 """Several queues of heartbeats, and changing their number, on a real broker and database."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 from uuid import UUID
 
+import asyncpg
 import pytest
 
 from chiffon import orchestrator
@@ -74,7 +76,7 @@ async def test_heartbeats_are_shared_out_and_those_of_an_agent_stay_together(
             await plain.publish(to, HEARTBEATS, routing_key(one), encode(one), KIND)
 
     found = [
-        [message["routing_key"] for message in queues.take(f"chiffon.ingest.{shard}", 600)]
+        [message["routing_key"] for message in queues.take(f"chiffon.ingest.{shard}-of-3", 600)]
         for shard in (1, 2, 3)
     ]
 
@@ -166,7 +168,7 @@ async def test_an_exchange_that_is_not_bound_any_more_degrades_answers(
             return not await is_degraded(planner)
 
         await until(is_whole, "an answer that is not degraded")
-        path = f"bindings/{vhost}/e/chiffon.heartbeats/e/chiffon.shards"
+        path = f"bindings/{vhost}/e/chiffon.heartbeats/e/chiffon.shards.2"
         [binding] = management.call("GET", path)
         management.call("DELETE", f"{path}/{binding['properties_key']}")
         await until(lambda: is_degraded(planner), "a degraded answer")
@@ -254,7 +256,8 @@ async def test_the_number_of_shards_is_changed_under_traffic_and_nothing_is_lost
     names = [name for name in queues.names() if name.startswith("chiffon.ingest")]
     assert sorted(names) == sorted(Topology.of(new).ingest)
     exchanges = management.call("GET", f"exchanges/{amqp_url.rpartition('/')[2]}")
-    assert ("chiffon.shards" in {one["name"] for one in exchanges}) == (new > 1)
+    shared = {one["name"] for one in exchanges if one["name"].startswith("chiffon.shards")}
+    assert shared == ({f"chiffon.shards.{new}"} if new > 1 else set())
     assert {one.verdict for one in await check(dial, Topology.of(new))} == {"ok"}
 
 
@@ -262,9 +265,75 @@ async def test_nothing_is_retired_before_there_is_something_new(broker: str) -> 
     async def dial() -> Any:
         return await dial_any(broker, "test")
 
-    with pytest.raises(TopologyMissing, match="First start orchestrators with the new"):
+    session = await dial()
+    await declare(session, Topology.of(2))
+    await session.close()
+    with pytest.raises(TopologyMissing, match=r"nobody consumes .*First start orchestrators"):
         await retire(dial, Topology.of(1), Topology.of(2))
-    assert (await plain.depth(broker, "chiffon.ingest"))[0] == 0
+    assert {one.verdict for one in await check(dial)} == {"ok"}
+
+
+async def test_queues_of_another_number_that_nobody_reads_take_nothing_from_the_others(
+    amqp_url: str, database_url: str, registry: Registry
+) -> None:
+    """As when somebody declares them before there are orchestrators for them."""
+    two = {"ingest_shards": 2}
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(orchestrating(amqp_url, database_url, **two))
+        planner = await stack.enter_async_context(PlannerClient.open(amqp_url))
+        agents = [
+            await stack.enter_async_context(
+                BaseAgent(amqp_url, interval_seconds=0.5, resources=NoResources())
+            )
+            for _ in range(12)
+        ]
+
+        async def is_whole() -> bool:
+            return not await is_degraded(planner)
+
+        await until(is_whole, "an answer that is not degraded")
+        session = await dial_any(amqp_url, "test")
+        await declare(session, Topology.of(3))
+        await session.close()
+        await asyncio.sleep(5.0 * 4 / 3 + 2)  # a lease and the time to dial again
+        rows = await registry.list_agents()
+
+        assert len(rows) == len(agents)
+        assert all(row.age_seconds is not None and row.age_seconds < 3.0 for row in rows)
+        assert not await is_degraded(planner)
+
+
+async def test_a_clock_that_was_set_back_does_not_prove_a_path_of_which_a_part_is_not_read(
+    registry: Registry, database: "asyncpg.Connection[Any]"
+) -> None:
+    whole = ("shared", "one", "two")
+    for part in whole:
+        await registry.mark_path_fresh(time.monotonic(), part=part, path=whole)
+    assert not (await registry.summary()).degraded
+    # Seen from an hour before.
+    later = "SET {0} = {0} + interval '1 hour'"
+    await database.execute(f"UPDATE ingest_path {later.format('fresh_at')}")
+    await database.execute(f"UPDATE ingest_part {later.format('fresh_at')}")
+
+    for part in ("shared", "one"):
+        await registry.mark_path_fresh(time.monotonic(), part=part, path=whole)
+    assert (await registry.summary()).degraded
+    await registry.mark_path_fresh(time.monotonic(), part="two", path=whole)
+
+    fresh = await database.fetchval("SELECT now() - fresh_at < interval '1 s' FROM ingest_path")
+    assert fresh
+
+
+async def test_a_path_is_as_fresh_as_the_least_fresh_of_its_parts(registry: Registry) -> None:
+    whole = ("shared", "one", "two")
+    now = time.monotonic()
+    for part in whole[:2]:
+        await registry.mark_path_fresh(now, part=part, path=whole)
+    assert (await registry.summary()).degraded, "one was never proven"
+    await registry.mark_path_fresh(now - 6.0, part="two", path=whole)
+    assert (await registry.summary()).degraded, "it was held for too long to prove anything"
+    await registry.mark_path_fresh(now, part="two", path=whole)
+    assert not (await registry.summary()).degraded
 
 
 async def test_a_broker_without_the_plugin_is_told_apart(amqp_url: str) -> None:
@@ -272,7 +341,7 @@ async def test_a_broker_without_the_plugin_is_told_apart(amqp_url: str) -> None:
     channel = await session.channel()
 
     with pytest.raises(TopologyMissing, match="rabbitmq-plugins enable rabbitmq_consistent_hash"):
-        await declare_exchange(channel, Exchange("chiffon.shards", "x-there-is-none"))
+        await declare_exchange(channel, Exchange("chiffon.shards.2", "x-there-is-none"))
     await session.close()
 
 

@@ -51,6 +51,6 @@ def test_definitions_hold_every_object_and_not_the_responders_queue(shards: int)
     assert [one["name"] for one in made["queues"]] == [one.name for one in wanted.queues]
     assert len(made["bindings"]) == len(wanted.bindings)
     assert {one["destination"] for one in made["bindings"]} == (
-        {one.name for one in wanted.queues} | ({"chiffon.shards"} if shards > 1 else set())
+        {one.name for one in wanted.queues} | ({"chiffon.shards.3"} if shards > 1 else set())
     )
     assert "chiffon.capacity" not in str(made)
