@@ -12,7 +12,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 from uuid import uuid4
 
 import aio_pika
@@ -22,6 +24,7 @@ from pamqp import commands, frame
 
 from chiffon import guest, session
 from chiffon.agent import BaseAgent
+from chiffon.embedded.children import free_port
 from chiffon.encoding import encode, routing_key
 from chiffon.errors import BadConfiguration, BusRefused, BusUnavailable, NotTaken
 from chiffon.messages import StatusUpdate
@@ -366,6 +369,35 @@ async def test_heartbeats_are_as_old_in_the_registry_as_they_are(
 
         found = await until(row, "the heartbeat in the registry")
         assert 4.0 - 1.2 <= found.age_seconds <= time.monotonic() - sent
+        await asyncio.wait_for(sending, 30)
+
+
+async def test_it_says_whether_it_can_do_its_work_and_what_it_did(broker: str) -> None:
+    port = free_port()
+
+    def read(path: str) -> str:
+        try:
+            with urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as page:
+                return str(page.read().decode())
+        except HTTPError as error:
+            return error.read().decode()
+
+    async def says(path: str, wanted: str) -> bool:
+        return wanted in await asyncio.to_thread(read, path)
+
+    async with (
+        Proxy.to(broker).running() as proxy,
+        relaying(proxy.url(broker), metrics_port=port) as url,
+        plain.channel(url) as to,
+    ):
+        await send(to, update())
+        assert await says("/readyz", "ok")
+        assert await says("/metrics", "chiffon_relay_connections 1.0")
+        assert await says("/metrics", "chiffon_relay_heartbeats_forwarded_total")
+        proxy.resets_after_bytes = 0
+        sending = asyncio.create_task(send(to, update()))
+        await until(lambda: says("/readyz?verbose", "[-]broker failed"), "not ready")
+        proxy.resets_after_bytes = None
         await asyncio.wait_for(sending, 30)
 
 
