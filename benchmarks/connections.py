@@ -18,10 +18,8 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.stage import Stage, process, staged, where
+from benchmarks.stage import Stage, is_open, process, staged, where
 from chiffon.embedded.children import free_port
-from chiffon.errors import BusUnavailable
-from chiffon.session import dial_any
 from tests.faults.server import Server
 from tests.fixtures.waiting import until
 
@@ -124,16 +122,6 @@ async def returns(stage: Stage, agents: int, since: float) -> list[float]:
 def busiest(curve: Sequence[float]) -> int:
     """Return the most that were heard for the first time within one second."""
     return max(sum(start <= one < start + 1 for one in curve) for start in curve[::10])
-
-
-async def is_open(url: str) -> bool:
-    """Return whether the broker lets us in."""
-    try:
-        session = await dial_any(url, "benchmark looks")
-    except BusUnavailable:
-        return False
-    await session.close()
-    return True
 
 
 def memory(pid: int) -> int:

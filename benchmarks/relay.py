@@ -19,10 +19,8 @@ from urllib.request import urlopen
 import psutil
 
 from benchmarks.ingest import LIMIT_SECONDS
-from benchmarks.stage import Fleet, Stage, cpu_seconds, process, publish, staged, where
+from benchmarks.stage import Fleet, Stage, cpu_seconds, is_open, process, publish, staged, where
 from chiffon.embedded.children import free_port
-from chiffon.errors import BusUnavailable
-from chiffon.session import dial_any
 from chiffon.topology import relay_key
 from tests.fixtures.waiting import until
 
@@ -108,16 +106,6 @@ async def forwarded(stage: Stage, agents: int, seconds: float, through_relay: bo
         await publish(url, fleet.heartbeats(), count, per_second=PER_SECOND)
         after = [cpu_seconds(one) for one in whole]
     return [(b - a) / count * 1e6 for a, b in zip(before, after, strict=True)]
-
-
-async def is_open(url: str) -> bool:
-    """Return whether somebody takes connections there."""
-    try:
-        session = await dial_any(url, "benchmark looks")
-    except BusUnavailable:
-        return False
-    await session.close()
-    return True
 
 
 def counted(port: int, name: str) -> float:

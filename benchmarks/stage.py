@@ -27,6 +27,7 @@ from chiffon import migrations
 from chiffon.bus import Properties
 from chiffon.embedded import postgres, rabbitmq
 from chiffon.embedded.children import tie_to
+from chiffon.errors import BusUnavailable
 from chiffon.messages import STATUS_UPDATE
 from chiffon.provisioning import ensure
 from chiffon.registry import asyncpg_url
@@ -238,6 +239,16 @@ async def publish(
         await asyncio.gather(*pending)
     finally:
         await session.close()
+
+
+async def is_open(url: str) -> bool:
+    """Return whether somebody takes connections there."""
+    try:
+        session = await dial_any(url, "benchmark looks")
+    except BusUnavailable:
+        return False
+    await session.close()
+    return True
 
 
 @contextmanager

@@ -29,18 +29,17 @@ from chiffon.errors import (
     NotTaken,
     TopologyMissing,
     Unroutable,
-    exit_code,
 )
 from chiffon.identity import Identity, claim, fresh, peek
 from chiffon.link import Link
-from chiffon.logs import configure
 from chiffon.messages import AgentStatus, AgentType, ResourceMetrics, StatusUpdate
 from chiffon.probes.operator import OperatorWord
 from chiffon.probes.reader import Reader
 from chiffon.probes.sample import Reading
+from chiffon.process import main
 from chiffon.provisioning import await_exchange
 from chiffon.session import Session
-from chiffon.settings import Settings, describe, load
+from chiffon.settings import Settings, describe
 from chiffon.topology import HEARTBEATS
 
 log = logging.getLogger(__name__)
@@ -391,17 +390,5 @@ def _agent(settings: Settings, who: Identity, reader: Reader) -> BaseAgent:
     )
 
 
-def main() -> int:
-    """Run the agent without the command line's libraries; returns the exit code."""
-    try:
-        settings = load()
-        configure(settings.log_format, settings.log_level)
-        asyncio.run(run(settings))
-    except ChiffonError as error:
-        print(f"chiffon agent: {error}", file=sys.stderr)
-        return exit_code(error)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("agent", run))

@@ -23,14 +23,14 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 
 from chiffon import health, liveness, metrics
 from chiffon.dead_letters import DeadLetters
-from chiffon.errors import BadConfiguration, ChiffonError, exit_code
+from chiffon.errors import BadConfiguration
 from chiffon.exposition import Page, exposing
 from chiffon.forwarder import Forwarder
 from chiffon.letters import Letters
 from chiffon.link import Link
-from chiffon.logs import configure
+from chiffon.process import main
 from chiffon.provisioning import await_exchange
-from chiffon.settings import Settings, describe, load
+from chiffon.settings import Settings, describe
 from chiffon.topology import HEARTBEATS
 
 log = logging.getLogger(__name__)
@@ -179,17 +179,5 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def main() -> int:
-    """Run the relay without the command line's libraries; returns the exit code."""
-    try:
-        settings = load()
-        configure(settings.log_format, settings.log_level)
-        asyncio.run(run(settings))
-    except ChiffonError as error:
-        print(f"chiffon relay: {error}", file=sys.stderr)
-        return exit_code(error)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("relay", run))

@@ -2,15 +2,13 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from typing import Any
 from uuid import UUID
 
 import asyncpg
 import pytest
 
-from chiffon import orchestrator
 from chiffon.agent import BaseAgent
 from chiffon.encoding import encode, routing_key
 from chiffon.errors import BadConfiguration, TopologyMissing
@@ -26,38 +24,11 @@ from tests.fixtures.heartbeats import update
 from tests.fixtures.plain import Queues
 from tests.fixtures.resources import NoResources
 from tests.fixtures.servers import Management
-from tests.fixtures.system import consumers, settings
+from tests.fixtures.system import orchestrating
 from tests.fixtures.waiting import until
 
 HEARTBEATS = "chiffon.heartbeats"
 KIND = "status_update.v1"
-
-
-@asynccontextmanager
-async def orchestrating(amqp_url: str, database_url: str, **fields: Any) -> AsyncIterator[None]:
-    """Run an orchestrator of some shards; entered when it consumes each of them."""
-    wanted = Topology.of(fields.get("ingest_shards", 1)).ingest
-    if "ingest_shard" in fields:
-        wanted = (wanted[fields["ingest_shard"] - 1],)
-    before = [await consumers(amqp_url, queue) for queue in wanted]
-    stopped = asyncio.Event()
-    serving = asyncio.create_task(
-        orchestrator.serve(settings(amqp_url, database_url, **fields), stopped)
-    )
-
-    async def consumes() -> bool:
-        if serving.done():
-            await serving
-        now = [await consumers(amqp_url, queue) for queue in wanted]
-        return all(one > another for one, another in zip(now, before, strict=True))
-
-    try:
-        await until(consumes, "a consumer on each of its queues")
-        yield
-    finally:
-        stopped.set()
-        async with asyncio.timeout(30):
-            await serving
 
 
 async def is_degraded(planner: PlannerClient) -> bool:
