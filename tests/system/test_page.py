@@ -121,10 +121,13 @@ def page(watched: Watched) -> Iterator[Page]:
 @contextmanager
 def rigs(
     addresses: dict[str, str],
-    pool: str = "lab",
+    pool: str,
     names: Sequence[str] = ("rig-1", "rig-2", "rig-10"),
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """Agents in one process, which ends without a farewell."""
+    """Agents in one process, which ends without a farewell.
+
+    Each test names a pool of its own: agents of the test before may be online for seconds more.
+    """
     process = subprocess.Popen([sys.executable, "-c", RIGS, addresses["amqp_url"], pool, *names])
     try:
         yield process
@@ -133,9 +136,11 @@ def rigs(
         process.wait()
 
 
-def row(page: Page, host: str) -> Locator:
-    return page.locator("#agents tbody tr").filter(
-        has=page.get_by_role("link", name=host, exact=True)
+def row(page: Page, host: str, pool: str = "") -> Locator:
+    return (
+        page.locator("#agents tbody tr")
+        .filter(has=page.get_by_role("link", name=host, exact=True))
+        .filter(has_text=pool)
     )
 
 
@@ -161,7 +166,7 @@ def test_agents_are_sorted_filtered_and_found_by_the_address(
     page: Page, addresses: dict[str, str]
 ) -> None:
     own = os.uname().nodename
-    with rigs(addresses):
+    with rigs(addresses, "lab"):
         expect(row(page, "rig-10")).to_contain_text("75.5 / 80.0 GiB")
         expect(row(page, "rig-1")).to_contain_text("NVML: lost")
 
@@ -209,8 +214,8 @@ def test_an_agent_that_is_killed_goes_offline_on_the_page(
 def test_an_agent_is_shown_with_its_gpus_its_body_and_its_history(
     page: Page, addresses: dict[str, str]
 ) -> None:
-    with rigs(addresses):
-        row(page, "rig-10").filter(has_text="● online").get_by_role("link").click()
+    with rigs(addresses, "shown"):
+        row(page, "rig-10", "shown").filter(has_text="● online").get_by_role("link").click()
 
         detail = page.locator("#detail")
         expect(detail.get_by_role("heading", name="rig-10")).to_be_visible()
@@ -229,19 +234,20 @@ def test_an_agent_is_shown_with_its_gpus_its_body_and_its_history(
 def test_the_form_asks_as_a_planner_does_and_says_why_not(
     page: Page, addresses: dict[str, str]
 ) -> None:
-    with rigs(addresses):
-        expect(row(page, "rig-10").filter(has_text="● online")).to_have_count(1)
+    with rigs(addresses, "asked"):
+        for host in ("rig-1", "rig-2", "rig-10"):
+            expect(row(page, host, "asked").filter(has_text="● online")).to_have_count(1)
         page.get_by_text("Which agents can take a job now?").click()
         form = page.locator("#needs")
         form.get_by_label("Free VRAM, GiB").fill("50")
-        form.locator("[name=pool_name]").fill("lab")
+        form.locator("[name=pool_name]").fill("asked")
         form.get_by_role("button", name="Find").click()
 
         answer = page.locator("#answer")
         expect(answer).to_contain_text("1 agent can take this now")
         expect(answer.locator("table.offers tbody tr")).to_contain_text("rig-10")
         expect(answer).to_contain_text("too little free VRAM (best 40 of 50 on rig-2)")
-        expect(answer.locator(".misses")).to_contain_text("not in pool lab")
+        expect(answer.locator(".misses")).to_contain_text("not in pool asked")
 
         form.get_by_label("Free VRAM, GiB").fill("500")
         form.get_by_role("button", name="Find").click()
