@@ -1,8 +1,9 @@
 """The heartbeat: who speaks, in which order, until when it speaks again, and what its host has."""
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
 from chiffon.messages.fields import (
     MAX_COUNT,
@@ -45,7 +46,7 @@ class Gpu(Message):
 
     @model_validator(mode="after")
     def _fits(self) -> "Gpu":
-        _at_most(self, "vram_available_gb", "vram_total_gb")
+        _none_above_the_next(self.__dict__, ("vram_available_gb", "vram_total_gb"))
         return self
 
 
@@ -122,18 +123,15 @@ class ResourceMetrics(Message):
 
     @model_validator(mode="after")
     def _complete(self) -> "ResourceMetrics":
-        known: dict[str, float | None] = {}
-        if self.gpu_type == "none":
-            known = {key: 0.0 for key in _VRAM if getattr(self, key) is None}
-            if any(getattr(self, key) for key in _VRAM):
-                raise ValueError('gpu_type is "none" but there is VRAM')
-        elif "gpu_vram_max_available_gb" not in self.model_fields_set:
-            known = {"gpu_vram_max_available_gb": self._most_on_one_gpu()}
         # The message is frozen for everybody else: it is not made yet.
-        self.__dict__.update(known)
-        _at_most(self, "gpu_vram_available_gb", "gpu_vram_total_gb")
-        _at_most(self, "gpu_vram_max_available_gb", "gpu_vram_available_gb")
-        _at_most(self, "gpu_vram_max_available_gb", "gpu_vram_total_gb")
+        fields = self.__dict__
+        if fields["gpu_type"] == "none":
+            if any(fields[key] for key in _VRAM):
+                raise ValueError('gpu_type is "none" but there is VRAM')
+            fields.update(dict.fromkeys(_VRAM, 0.0))
+        elif "gpu_vram_max_available_gb" not in self.__pydantic_fields_set__:
+            fields["gpu_vram_max_available_gb"] = self._most_on_one_gpu()
+        _none_above_the_next(fields, _VRAM)
         if self.gpus and len({gpu.index for gpu in self.gpus}) != len(self.gpus):
             raise ValueError("gpus: two have the same index")
         return self
@@ -149,7 +147,8 @@ class ResourceMetrics(Message):
         return min(max(own), scalar) if own else None
 
 
-_VRAM = ("gpu_vram_total_gb", "gpu_vram_available_gb", "gpu_vram_max_available_gb")
+_VRAM = ("gpu_vram_max_available_gb", "gpu_vram_available_gb", "gpu_vram_total_gb")
+"""Each at most the next."""
 
 SCALAR_METRICS: tuple[str, ...] = (
     "cpu_percent",
@@ -159,7 +158,9 @@ SCALAR_METRICS: tuple[str, ...] = (
     "cpu_load_5min",
     "memory_percent",
     "memory_available_gb",
-    *_VRAM,
+    "gpu_vram_total_gb",
+    "gpu_vram_available_gb",
+    "gpu_vram_max_available_gb",
     "gpu_type",
 )
 """The metric fields that every answer repeats, in the order in which they are shown."""
@@ -197,7 +198,13 @@ class StatusUpdate(Message):
         return self.status == "offline"
 
 
-def _at_most(message: BaseModel, available: str, total: str) -> None:
-    least, most = getattr(message, available), getattr(message, total)
-    if least is not None and most is not None and least > most:
-        raise ValueError(f"{available} is more than {total}")
+def _none_above_the_next(fields: Mapping[str, float | None], names: Sequence[str]) -> None:
+    """Compare what is known of values in their order."""
+    below, least = "", 0.0
+    for name in names:
+        value = fields[name]
+        if value is None:
+            continue
+        if value < least:
+            raise ValueError(f"{below} is more than {name}")
+        below, least = name, value

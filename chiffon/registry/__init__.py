@@ -256,9 +256,8 @@ class Registry:
         if has_rare_words(query):
             rows = await self.fetch(FIND, *asked(query, most))
         else:
-            statement = FIND_IN_ORDER if query.pool_name is None else FIND_IN_POOL
-            async with self._connection(self._in_order) as connection:
-                rows = await connection.fetch(statement, *asked(query, most))
+            in_order = FIND_IN_ORDER if query.pool_name is None else FIND_IN_POOL
+            rows = await self.fetch_in_order(in_order, *asked(query, most))
         header = rows[0]
         return Found(
             as_of=header["as_of"],
@@ -391,6 +390,11 @@ class Registry:
     async def fetch(self, statement: str, *arguments: Any) -> list[asyncpg.Record]:
         """Run one statement of this package, on a connection and in a transaction of its own."""
         async with self._connection() as connection:
+            return await connection.fetch(statement, *arguments)
+
+    async def fetch_in_order(self, statement: str, *arguments: Any) -> list[asyncpg.Record]:
+        """Run a statement as ``fetch`` does, by a plan that is made once a connection."""
+        async with self._connection(self._in_order) as connection:
             return await connection.fetch(statement, *arguments)
 
 

@@ -11,9 +11,14 @@ Locks: a claim never waits for an agent's row. What ends a reservation locks the
 then the agents' rows in the order of their ids, as ingest and sweep do.
 """
 
-from chiffon.registry.offers import ASKED, BEST_FIRST, TAKE, offered
+from chiffon.registry.offers import ANY_POOL, BEST_FIRST, OF_POOL, TAKE, within
 
-_FITS = f"{offered(ASKED)} AND {TAKE} IS NOT NULL"
+
+def _fits(of_pool: str | None = None) -> str:
+    return f"{within(of_pool)} AND {TAKE} IS NOT NULL"
+
+
+_FITS = _fits()
 _HOST = "coalesce(r.hostname, r.agent_id::text)"
 
 RESERVATION = """reservation_id, holder, idempotency_key, request_hash, state, reason, fence,
@@ -21,19 +26,20 @@ RESERVATION = """reservation_id, holder, idempotency_key, request_hash, state, r
        places, alternative, statement_timestamp() AS as_of"""
 
 
-def _claim(among: str, fitting: str) -> str:
+def _claim(among: str, fitting: str, fits: str = _FITS) -> str:
     """Return the statement of a claim.
 
     Args:
         among: The SQL of who is picked from, besides being free.
         fitting: The SQL that counts, up to $8, those that it could have picked.
+        fits: The SQL of being free.
     """
     return f"""
 WITH known AS (
   SELECT FROM reservation WHERE holder = $16 AND idempotency_key = $17
 ), picked AS MATERIALIZED (
   SELECT r.agent_id FROM agent_registry r
-   WHERE NOT EXISTS (SELECT FROM known) AND {among} AND {_FITS}
+   WHERE NOT EXISTS (SELECT FROM known) AND {among} AND {fits}
    ORDER BY {BEST_FIRST} LIMIT $8 FOR NO KEY UPDATE OF r SKIP LOCKED
 ), ticket AS MATERIALIZED (
   -- Drawn while the rows are locked, so that on each agent fences grow in the order of commits.
@@ -43,7 +49,7 @@ WITH known AS (
      SET held = CASE jsonb_typeof(r.held) WHEN 'object' THEN r.held ELSE '{{}}' END
          || jsonb_build_object(
            $15::uuid::text, {TAKE} || jsonb_build_object('fence', ticket.fence))
-    FROM picked, ticket WHERE r.agent_id = picked.agent_id AND {_FITS}
+    FROM picked, ticket WHERE r.agent_id = picked.agent_id AND {fits}
   RETURNING r.agent_id, ticket.fence, jsonb_build_object(
     'agent_id', r.agent_id, 'hostname', r.hostname, 'pool_name', r.pool_name,
     'gpus', r.held #> ARRAY[$15::uuid::text, 'chosen']) AS place
@@ -68,10 +74,14 @@ SELECT made.*, EXISTS (SELECT FROM known) AS is_known,
 """  # noqa: S608
 
 
-CLAIM = _claim(
-    "$10::uuid IS NULL",
-    f"SELECT count(*) FROM (SELECT FROM agent_registry r WHERE {_FITS} LIMIT $8) f",  # noqa: S608
-)
+def _claim_of_any(fits: str) -> str:
+    counted = f"SELECT count(*) FROM (SELECT FROM agent_registry r WHERE {fits} LIMIT $8) f"  # noqa: S608
+    return _claim("$10::uuid IS NULL", counted, fits)
+
+
+CLAIM = _claim_of_any(_FITS)
+# Planned once, as FIND_IN_ORDER and FIND_IN_POOL are: planning took as long as running it.
+CLAIM_IN_ORDER, CLAIM_IN_POOL = _claim_of_any(_fits(ANY_POOL)), _claim_of_any(_fits(OF_POOL))
 CLAIM_ON = _claim(
     "r.agent_id = $10::uuid",
     f"SELECT count(*) FROM agent_registry r WHERE r.agent_id = $10::uuid AND {_FITS}",  # noqa: S608

@@ -15,6 +15,8 @@ from chiffon.registry import Registry
 from chiffon.registry.claims import (
     ASK_AGAIN,
     CLAIM,
+    CLAIM_IN_ORDER,
+    CLAIM_IN_POOL,
     CLAIM_ON,
     CLAIM_ON_DISTINCT_HOSTS,
     EXPIRE,
@@ -27,7 +29,7 @@ from chiffon.registry.claims import (
     REVOKE_ON,
     SHOW,
 )
-from chiffon.registry.offers import asked, taken
+from chiffon.registry.offers import asked, has_rare_words, taken
 
 KEPT_SECONDS = 86_400.0
 """How long a reservation that has ended is still known, for who asks again with its key."""
@@ -71,17 +73,11 @@ class Ledger:
             alternative: Which of them it is.
             asked_for: The request as it came, which the same key must come with again.
         """
-        statement = CLAIM
-        if request.agent_id is not None:
-            statement = CLAIM_ON
-        elif request.distinct_hosts and request.count > 1:
-            statement = CLAIM_ON_DISTINCT_HOSTS
         digest = _digest(asked_for)
+        row: asyncpg.Record | None = None
         try:
-            [row] = await self._registry.fetch(
-                statement,
-                *asked(request.needs(), request.count),
-                *taken(request),
+            row = await self._claim(
+                request,
                 uuid4(),
                 request.holder,
                 request.idempotency_key,
@@ -93,7 +89,6 @@ class Ledger:
             # Another one made the reservation of this key at this moment, or a gang fell apart.
             if "reservation_key" not in str(error) and '"fence"' not in str(error):
                 raise
-            row = None
         if row is not None and row["reservation_id"] is not None:
             return Claim(_reservation(row), row["asked"])
         if row is None or row["is_known"]:
@@ -105,6 +100,22 @@ class Ledger:
             is_same = known[0]["request_hash"] == digest
             return Claim(_reservation(known[0]), known[0]["asked"], is_same)
         return Refused(row["is_contended"])
+
+    async def _claim(self, request: CapacityReserve, *arguments: Any) -> asyncpg.Record:
+        """Run the statement of claims that has the best plan for this one."""
+        needs = request.needs()
+        fetch = self._registry.fetch
+        if request.agent_id is not None:
+            statement = CLAIM_ON
+        elif request.distinct_hosts and request.count > 1:
+            statement = CLAIM_ON_DISTINCT_HOSTS
+        elif has_rare_words(needs):
+            statement = CLAIM
+        else:
+            statement = CLAIM_IN_ORDER if needs.pool_name is None else CLAIM_IN_POOL
+            fetch = self._registry.fetch_in_order
+        [row] = await fetch(statement, *asked(needs, request.count), *taken(request), *arguments)
+        return row
 
     async def renew(
         self, reservation_id: UUID, fence: int | None = None, lease_seconds: float | None = None

@@ -103,8 +103,20 @@ OFFER = """r.agent_id, r.agent_type, r.pool_name, r.hostname, r.status, r.resour
          r.performance_score, r.last_heartbeat_at, r.room"""
 
 
-def _find(of_pool: str) -> str:
-    rules = {**scope(ASKED), "pool_name": of_pool}
+ANY_POOL, OF_POOL = "$5::text IS NULL", "r.pool_name = $5"
+
+
+def within(of_pool: str | None = None) -> str:
+    """Return the SQL of ``offered`` for a statement's arguments.
+
+    Args:
+        of_pool: The rule about pools, for statements that are planned once; else the arguments say.
+    """
+    rules = scope(ASKED)
+    return offered(ASKED, rules if of_pool is None else {**rules, "pool_name": of_pool})
+
+
+def _find(of_pool: str | None = None) -> str:
     return f"""
 WITH header AS (
   SELECT statement_timestamp() AS as_of,
@@ -114,7 +126,7 @@ WITH header AS (
               ) AS malformed
 ), offers AS (
   SELECT {OFFER}, row_number() OVER (ORDER BY {BEST_FIRST}) AS place
-    FROM agent_registry r WHERE {offered(ASKED, rules)} ORDER BY {BEST_FIRST} LIMIT $8
+    FROM agent_registry r WHERE {within(of_pool)} ORDER BY {BEST_FIRST} LIMIT $8
 )
 SELECT header.*, offers.*,
        extract(epoch FROM header.as_of - offers.last_heartbeat_at)::float8 AS age_seconds
@@ -123,11 +135,10 @@ SELECT header.*, offers.*,
 """  # noqa: S608
 
 
-FIND = _find(scope(ASKED)["pool_name"])
+FIND = _find()
 # With plans that are made once, which takes half as long: in the order of an index, whatever is
 # asked. So each of the two indexes has a statement of its own.
-FIND_IN_ORDER = _find("$5::text IS NULL")
-FIND_IN_POOL = _find("r.pool_name = $5")
+FIND_IN_ORDER, FIND_IN_POOL = _find(ANY_POOL), _find(OF_POOL)
 IN_ORDER = {
     "plan_cache_mode": "force_generic_plan",
     "enable_seqscan": "off",
