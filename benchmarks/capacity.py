@@ -6,6 +6,7 @@ A private RabbitMQ and PostgreSQL and one orchestrator. Each question is asked b
 32 at once, alone and while 2,000 heartbeats a second come, and once more with three quarters of
 the fleet silent. Beside it, in the same run and with the same client: a process that answers with
 the same bytes and does nothing else, the HTTP gateway, and a FastStream RPC over the same query.
+All are asked in turn, round after round, so that what disturbs a moment does not fall on one alone.
 """
 
 import argparse
@@ -13,10 +14,12 @@ import asyncio
 import os
 import sys
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -76,7 +79,27 @@ VALUES (now(), now(), now() - interval '1 day')
 ON CONFLICT (only_row) DO UPDATE SET fresh_since = now(), grace_until = excluded.grace_until
 """
 
-Ask = Callable[[], Awaitable[object]]
+ECHO = "echo"
+ROUNDS = 4
+
+Answer = TypeVar("Answer")
+
+
+class Clock:
+    """Notes how long answers took, in seconds, by what was asked."""
+
+    def __init__(self) -> None:
+        self.took: defaultdict[str, list[float]] = defaultdict(list)
+
+    async def time(self, label: str, answer: Awaitable[Answer]) -> Answer:
+        """Wait for an answer, and return it."""
+        began = time.monotonic()
+        answered = await answer
+        self.took[label].append(time.monotonic() - began)
+        return answered
+
+
+Ask = Callable[[Clock], Awaitable[object]]
 
 
 async def fill(database: "asyncpg.Connection[asyncpg.Record]", agents: int) -> None:
@@ -91,51 +114,39 @@ async def fill(database: "asyncpg.Connection[asyncpg.Record]", agents: int) -> N
     await database.execute(definition)
     await database.execute("VACUUM ANALYZE agent_registry")
     await database.execute(TRUST)
+    await database.execute("CHECKPOINT")  # so that it does not write all this while we measure
 
 
-async def timed(ask: Ask, callers: int, seconds: float) -> list[float]:
-    """Let so many callers ask for a while; return how long each answer took, in seconds."""
-    took: list[float] = []
+async def timed(ask: Ask, clock: Clock, callers: int, seconds: float) -> None:
+    """Let so many callers ask for a while."""
 
     async def one() -> None:
         while True:
-            began = time.monotonic()
-            await ask()
-            took.append(time.monotonic() - began)
+            await ask(clock)
             if time.monotonic() > stop:
                 return
 
     for _ in range(5):
-        await ask()  # connections and plans
+        await ask(Clock())  # connections and plans
     stop = time.monotonic() + seconds
     await asyncio.gather(*(one() for _ in range(callers)))
-    return took
 
 
-class Table:
-    """Prints each cell beside the echo of its number of callers."""
-
-    def __init__(self) -> None:
-        self.echo: dict[tuple[str, int], float] = {}
-
-    async def cell(
-        self, label: str, state: str, ask: Ask, callers: int, seconds: float, *, is_echo: bool
-    ) -> None:
-        """Ask for a while, and print how long it took."""
-        p50, p99, p999 = percentiles(await timed(ask, callers, seconds))
-        if is_echo:
-            self.echo[state, callers] = p50
-        beside = f"{p50 / self.echo[state, callers]:>8.2f} x" if self.echo else ""
+def report(state: str, callers: int, clock: Clock) -> None:
+    """Print how long each answer took, beside the echo."""
+    echo50, echo99, _ = percentiles(clock.took[ECHO])
+    for label, took in clock.took.items():
+        p50, p99, p999 = percentiles(took)
         print(
-            f"  {state:<10}{label:<34}{callers:>4}{p50 * 1e3:>9.2f}{p99 * 1e3:>9.2f}"
-            f"{p999 * 1e3:>9.2f} ms{p99 / p50:>7.1f}{beside}",
+            f"  {state:<8}{label:<27}{callers:>4}{p50 * 1e3:>9.2f}{p99 * 1e3:>9.2f}"
+            f"{p999 * 1e3:>9.2f} ms{p99 / p50:>7.1f}{p50 / echo50:>8.2f} x{p99 / echo99:>7.2f} x",
             flush=True,
         )
 
 
 @asynccontextmanager
-async def answering(stage: Stage, stack: AsyncExitStack) -> AsyncIterator[dict[str, Ask]]:
-    """Start everybody who answers; provide how each is asked, the echo first."""
+async def answering(stage: Stage, stack: AsyncExitStack) -> AsyncIterator[list[Ask]]:
+    """Start everybody who answers; provide how each is asked."""
     folder = Path(stage.folder)
     stack.enter_context(process((sys.executable, "-m", "chiffon", "orchestrator", "run"), stage))
     planner = await stack.enter_async_context(PlannerClient.open(stage.amqp_url))
@@ -161,21 +172,22 @@ async def answering(stage: Stage, stack: AsyncExitStack) -> AsyncIterator[dict[s
     http = await stack.enter_async_context(
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60)
     )
-    asks: dict[str, Ask] = {"echo": lambda: echo.find(question, timeout=30)}
-    for label, query in QUESTIONS.items():
-        asks[f"find, {label}"] = _find(planner, query)
     agent_id = sample.agents[0].agent_id
-    asks["show"] = lambda: planner.show(agent_id, timeout=30)
-    asks["reserve and release"] = lambda: reserve(planner)
-    asks["HTTP, no filter"] = lambda: _get(http, question)
+    asks: list[Ask] = [
+        lambda clock: clock.time(ECHO, echo.find(question, timeout=30)),
+        *(_find(planner, label, query) for label, query in QUESTIONS.items()),
+        lambda clock: clock.time("show", planner.show(agent_id, timeout=30)),
+        lambda clock: reserve(planner, clock),
+        lambda clock: clock.time("HTTP, no filter", _get(http, question)),
+    ]
     faststream = await _faststream(stage, stack, question)
     if faststream is not None:
-        asks["FastStream RPC, no filter"] = faststream
+        asks.append(lambda clock: clock.time("FastStream RPC, no filter", faststream()))
     yield asks
 
 
-def _find(planner: PlannerClient, query: CapacityQuery) -> Ask:
-    return lambda: planner.find(query, timeout=30)
+def _find(planner: PlannerClient, label: str, query: CapacityQuery) -> Ask:
+    return lambda clock: clock.time(f"find, {label}", planner.find(query, timeout=30))
 
 
 async def first_answer(planner: PlannerClient, query: CapacityQuery) -> CapacityOffers:
@@ -192,16 +204,17 @@ async def first_answer(planner: PlannerClient, query: CapacityQuery) -> Capacity
     return found
 
 
-async def reserve(planner: PlannerClient) -> None:
+async def reserve(planner: PlannerClient, clock: Clock) -> None:
     """Take room and give it back."""
     wanted = CapacityReserve(
         holder="benchmark", idempotency_key=uuid4(), gpu_vram_gb=20.0, cpu_cores=1, memory_gb=1.0
     )
     try:
-        made = await planner.take(wanted, timeout=30)
+        made = await clock.time("reserve", planner.take(wanted, timeout=30))
     except CapacityRefused as error:
         raise AssertionError(f"there is room: {error}") from None
-    await planner.release(ReservationRelease(reservation_id=made.reservation_id), timeout=30)
+    over = ReservationRelease(reservation_id=made.reservation_id)
+    await clock.time("release", planner.release(over, timeout=30))
 
 
 async def _get(http: httpx.AsyncClient, query: CapacityQuery) -> None:
@@ -221,7 +234,9 @@ async def _aside(stage: Stage) -> Stage:
     return aside
 
 
-async def _faststream(stage: Stage, stack: AsyncExitStack, query: CapacityQuery) -> Ask | None:
+async def _faststream(
+    stage: Stage, stack: AsyncExitStack, query: CapacityQuery
+) -> Callable[[], Awaitable[object]] | None:
     try:
         from faststream.rabbit import RabbitBroker
     except ImportError:
@@ -255,25 +270,28 @@ async def measure(
     plans: bool = False,
 ) -> None:
     """Fill the registry, and ask everybody."""
-    print(f"{agents} agents:{'':<36}callers      p50      p99    p99.9     p99/p50  beside echo")
+    print(
+        f"{agents:,} agents".ljust(34)
+        + "callers     p50      p99    p99.9     p99/p50   beside echo: p50, p99"
+    )
     async with stage.database() as database:
         await fill(database, agents)
         if plans:
             await _print_plans(database)
         async with AsyncExitStack() as stack, answering(stage, stack) as asks:
-            table = Table()
             for state in states:
-                async with _state(stage, database, state, agents):
-                    for label, ask in asks.items():
-                        for count in callers:
-                            await table.cell(
-                                label, state, ask, count, seconds, is_echo=label == "echo"
-                            )
+                async with _state(stage, database, state):
+                    for count in callers:
+                        clock = Clock()
+                        for _ in range(ROUNDS):
+                            for ask in asks:
+                                await timed(ask, clock, count, seconds / ROUNDS)
+                        report(state, count, clock)
 
 
 @asynccontextmanager
 async def _state(
-    stage: Stage, database: "asyncpg.Connection[asyncpg.Record]", state: str, agents: int
+    stage: Stage, database: "asyncpg.Connection[asyncpg.Record]", state: str
 ) -> AsyncIterator[None]:
     if state == "silent":
         await database.execute(SILENCE)

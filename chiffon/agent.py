@@ -11,7 +11,6 @@ import asyncio
 import logging
 import math
 import random
-import signal
 import socket
 import sys
 import time
@@ -36,7 +35,7 @@ from chiffon.messages import AgentStatus, AgentType, ResourceMetrics, StatusUpda
 from chiffon.probes.operator import OperatorWord
 from chiffon.probes.reader import Reader
 from chiffon.probes.sample import Reading
-from chiffon.process import main
+from chiffon.process import main, stopped_by
 from chiffon.provisioning import await_exchange
 from chiffon.session import Session
 from chiffon.settings import Settings, describe
@@ -304,10 +303,8 @@ async def run(settings: Settings) -> None:
         BadConfiguration: The settings cannot work, or another agent runs on the state folder.
         BusRefused: The broker does not let us in.
     """
-    stopped = asyncio.Event()
     # First of all: who has a new incarnation owes a farewell.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    stopped = stopped_by()
     with claim(settings.state_folder) as who, closing(await _reader(settings)) as reader:
         async with _agent(settings, who, reader) as agent, _exposing(settings, agent):
             log.info(

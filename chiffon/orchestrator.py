@@ -6,10 +6,8 @@ everything on a connection that publishes, acknowledgements included; answers ha
 """
 
 import asyncio
-import gc
 import logging
 import math
-import signal
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -29,6 +27,7 @@ from chiffon.expiry import Expiry
 from chiffon.exposition import Page, exposing
 from chiffon.ingest import AT_ONCE, Ingest
 from chiffon.link import Link
+from chiffon.process import spare_collector, stopped_by
 from chiffon.provisioning import ensure
 from chiffon.questions import Questions
 from chiffon.registry import CONNECTIONS, Registry
@@ -50,14 +49,8 @@ DRAIN_SECONDS = 8.0
 
 async def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT; see ``serve``."""
-    stopped = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    # Ten times in a batch the collector would look through all that a batch holds, in vain: a
-    # third of the work on a heartbeat.
-    gc.freeze()
-    gc.set_threshold(100_000, 20, 20)
-    await serve(settings, stopped)
+    spare_collector()
+    await serve(settings, stopped_by())
 
 
 async def serve(settings: Settings, stopped: asyncio.Event) -> None:

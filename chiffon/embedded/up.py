@@ -27,6 +27,7 @@ from chiffon.embedded.children import Child
 from chiffon.errors import AlreadyUp, BadConfiguration, ChiffonError, ChildFailed
 from chiffon.messages import MAX_OFFERS, CapacityOffers, CapacityQuery
 from chiffon.planner import PlannerClient
+from chiffon.process import stopped_by
 from chiffon.registry import AgentRow, Registry
 from chiffon.settings import PREFIX, UP_FILE, UP_LOCK, Settings
 
@@ -71,9 +72,7 @@ async def run(settings: Settings, *, progress: Progress, ready: Ready, once: boo
         BadConfiguration: RabbitMQ or PostgreSQL is not installed, or a setting cannot work.
         ChildFailed: A part did not start, or broker or database ended; with its last log lines.
     """
-    stopped = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    stopped = stopped_by(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     async with AsyncExitStack() as stack:
         serving = asyncio.create_task(_serve(settings, stack, progress, ready, once))
         stopping = asyncio.create_task(stopped.wait())

@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-import signal
 import socket
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -21,6 +20,7 @@ from chiffon.gateway.app import FOLLOWERS, Parts, make
 from chiffon.gateway.history import History
 from chiffon.gateway.live import Live
 from chiffon.link import Link
+from chiffon.process import spare_collector, stopped_by
 from chiffon.provisioning import await_exchange
 from chiffon.registry import Registry
 from chiffon.reservations import ReservationService
@@ -38,10 +38,8 @@ STOP_SECONDS = 5
 
 async def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT; see ``serve``."""
-    stopped = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    await serve(settings, stopped)
+    spare_collector()
+    await serve(settings, stopped_by())
 
 
 async def serve(settings: Settings, stopped: asyncio.Event) -> None:

@@ -8,7 +8,7 @@ starts from the whole fleet again.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -30,7 +30,8 @@ ALONE_SECONDS = 5.0
 MOST_WAITING = 10
 """Looks that one follower has not taken yet, who is let go if there are more."""
 
-CHUNK_AGENTS = 200
+AT_ONCE_AGENTS = 200
+"""Read, or sent, before others have their turn."""
 
 
 class Live:
@@ -85,12 +86,13 @@ class Live:
     async def follow(self) -> AsyncIterator[bytes]:
         """Yield server-sent events: the whole fleet, and then what changes, until let go."""
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(MOST_WAITING)
-        first = list(self._whole())
+        whole = self._whole(list(self._rows.values()))
         self._followers.add(queue)
         self._followed.set()
         try:
-            for event in first:
+            for event in whole:
                 yield event
+                await asyncio.sleep(0)
             while not self._is_closed and (news := await queue.get()) is not None:
                 yield news
         finally:
@@ -109,34 +111,36 @@ class Live:
             pass
 
     async def _look(self) -> None:
+        began = time.monotonic()
         versions = await self._registry.versions()
-        gone = [agent_id for agent_id in self._versions if agent_id not in versions]
-        changed = [
-            agent_id
-            for agent_id, version in versions.items()
-            if self._versions.get(agent_id) != version
-        ]
-        rows = await self._registry.show_many(changed) if changed else []
-        read = time.monotonic()
+        # In a thread, and rows some at a time: who asks a question meanwhile must not wait for all.
+        gone, changed = await asyncio.to_thread(_compared, self._versions, versions)
+        fresh: dict[UUID, dict[str, Any]] = {}
+        for start in range(0, len(changed), AT_ONCE_AGENTS):
+            rows = await self._registry.show_many(changed[start : start + AT_ONCE_AGENTS])
+            read = time.monotonic()
+            self._history.note(rows)
+            fresh.update((row.agent_id, _compact(row, read)) for row in rows)
         summary = Fleet.of(await self._registry.summary()).model_dump(mode="json")
         self._history.forget(gone)
-        self._history.note(rows)
         for agent_id in gone:
             self._rows.pop(agent_id, None)
-        fresh = {row.agent_id: _compact(row, read) for row in rows}
         self._rows.update(fresh)
-        self._versions, self._summary, self._read = versions, summary, read
+        self._versions, self._summary, self._read = versions, summary, began
         if self._followers:
-            events = [self._numbers(), *_chunks(fresh.values())]
+            events = [self._numbers()]
+            for event in _chunks(list(fresh.values())):
+                events.append(event)
+                await asyncio.sleep(0)
             if gone:
                 events.append(_event("gone", [str(agent_id) for agent_id in gone]))
             self._tell(b"".join(events))
 
-    def _whole(self) -> Iterable[bytes]:
+    def _whole(self, rows: Sequence[dict[str, Any]]) -> Iterable[bytes]:
         yield _event("restart", None)
         if self._summary is not None:
             yield self._numbers()
-            yield from _chunks(self._rows.values())
+            yield from _chunks(rows)
         if self._trouble is not None:
             yield _event("trouble", self._trouble)
 
@@ -157,6 +161,12 @@ class Live:
         while not queue.empty():
             queue.get_nowait()
         queue.put_nowait(None)
+
+
+def _compared(before: Mapping[UUID, str], now: Mapping[UUID, str]) -> tuple[list[UUID], list[UUID]]:
+    """Return which agents are gone, and of which there is another version."""
+    gone = [agent_id for agent_id in before if agent_id not in now]
+    return gone, [agent_id for agent_id, mark in now.items() if before.get(agent_id) != mark]
 
 
 def _compact(row: AgentRow, read: float) -> dict[str, Any]:
@@ -201,17 +211,17 @@ _NUMBERS = {
 }
 
 
-def _chunks(rows: Iterable[dict[str, Any]]) -> Iterable[bytes]:
-    """Return rows as events; instead of when an agent was heard of, how long ago that is."""
-    now = time.monotonic()
-    aged = [
-        {**row, "age": None if row["heard"] is None else max(now - row["heard"], 0.0)}
-        for row in rows
-    ]
-    for row in aged:
-        del row["heard"]
-    for start in range(0, len(aged), CHUNK_AGENTS):
-        yield _event("agents", aged[start : start + CHUNK_AGENTS])
+def _chunks(rows: Sequence[dict[str, Any]]) -> Iterable[bytes]:
+    """Yield rows as events; instead of when an agent was heard of, how long ago that is."""
+    for start in range(0, len(rows), AT_ONCE_AGENTS):
+        now = time.monotonic()
+        yield _event("agents", [_aged(row, now) for row in rows[start : start + AT_ONCE_AGENTS]])
+
+
+def _aged(row: dict[str, Any], now: float) -> dict[str, Any]:
+    aged = {**row, "age": None if row["heard"] is None else max(now - row["heard"], 0.0)}
+    del aged["heard"]
+    return aged
 
 
 def _event(name: str, data: Any) -> bytes:

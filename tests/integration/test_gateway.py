@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 from base64 import b64encode
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -12,9 +12,10 @@ import httpx
 import pytest
 
 from chiffon.capacity import OrchestratorService
+from chiffon.gateway.live import AT_ONCE_AGENTS
 from chiffon.messages import CapacityQuery
 from chiffon.receipt import Receipt
-from chiffon.registry import Registry
+from chiffon.registry import AgentRow, Registry
 from tests.fixtures.gateway import samples, serving
 from tests.fixtures.heartbeats import RESOURCES, update
 from tests.fixtures.proxy import Proxy
@@ -422,6 +423,33 @@ async def test_the_stream_begins_with_the_fleet_and_tells_what_changes(
         assert (await stream.next("fleet"))["online"] == 2
         await registry.forget([first])
         assert await stream.next("gone") == [str(first)]
+
+
+async def test_a_big_fleet_is_read_and_sent_a_part_at_a_time(
+    http: httpx.AsyncClient, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    show_many = Registry.show_many
+
+    async def shown(self: Registry, agent_ids: Sequence[UUID]) -> list[AgentRow]:
+        sizes.append(len(agent_ids))
+        return await show_many(self, agent_ids)
+
+    monkeypatch.setattr(Registry, "show_many", shown)
+    batch = [update() for _ in range(2 * AT_ONCE_AGENTS + 1)]
+    await registry.record([Receipt(one, asyncio.get_running_loop().time()) for one in batch])
+
+    known: set[str] = set()
+    async with http.stream("GET", "/stream") as answer:
+        stream = Stream(answer)
+        while len(known) < len(batch):
+            agents = await stream.next("agents")
+            assert len(agents) <= AT_ONCE_AGENTS
+            known.update(agent["id"] for agent in agents)
+
+    assert known == {str(one.agent_id) for one in batch}
+    assert sum(sizes) == len(batch)
+    assert max(sizes) == AT_ONCE_AGENTS
 
 
 async def test_a_page_that_does_not_read_is_let_go(
