@@ -37,7 +37,9 @@ from chiffon.messages import (
 )
 from chiffon.planner import PlannerClient
 from chiffon.provisioning import ensure
-from chiffon.registry.offers import FIND, asked
+from chiffon.registry.claims import CLAIM_IN_ORDER
+from chiffon.registry.connection import pool
+from chiffon.registry.offers import FIND_IN_ORDER, FIND_IN_POOL, IN_ORDER, asked, taken
 from chiffon.session import dial_any
 from tests.fixtures.servers import Management
 from tests.fixtures.waiting import until
@@ -206,15 +208,18 @@ async def first_answer(planner: PlannerClient, query: CapacityQuery) -> Capacity
 
 async def reserve(planner: PlannerClient, clock: Clock) -> None:
     """Take room and give it back."""
-    wanted = CapacityReserve(
-        holder="benchmark", idempotency_key=uuid4(), gpu_vram_gb=20.0, cpu_cores=1, memory_gb=1.0
-    )
     try:
-        made = await clock.time("reserve", planner.take(wanted, timeout=30))
+        made = await clock.time("reserve", planner.take(_wanted(), timeout=30))
     except CapacityRefused as error:
         raise AssertionError(f"there is room: {error}") from None
     over = ReservationRelease(reservation_id=made.reservation_id)
     await clock.time("release", planner.release(over, timeout=30))
+
+
+def _wanted() -> CapacityReserve:
+    return CapacityReserve(
+        holder="benchmark", idempotency_key=uuid4(), gpu_vram_gb=20.0, cpu_cores=1, memory_gb=1.0
+    )
 
 
 async def _get(http: httpx.AsyncClient, query: CapacityQuery) -> None:
@@ -277,7 +282,7 @@ async def measure(
     async with stage.database() as database:
         await fill(database, agents)
         if plans:
-            await _print_plans(database)
+            await _print_plans(stage.database_url)
         async with AsyncExitStack() as stack, answering(stage, stack) as asks:
             for state in states:
                 async with _state(stage, database, state):
@@ -317,16 +322,33 @@ async def speak(url: str, agent_ids: list[UUID]) -> None:
     await publish(url, fleet.heartbeats(), sys.maxsize, per_second=HEARTBEATS)
 
 
-async def _print_plans(database: "asyncpg.Connection[asyncpg.Record]") -> None:
-    await database.execute("SET jit = off")
-    for label, query in QUESTIONS.items():
-        print(f"  plan of find, {label}:")
-        rows = await database.fetch(
-            f"EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF, BUFFERS) {FIND}",
-            *asked(query, query.limit + 1),
+async def _print_plans(url: str) -> None:
+    """Print the plans that the orchestrator's statements have, which are made once for all."""
+    wanted = _wanted()
+    claim = (*asked(wanted.needs(), 1), *taken(wanted))
+    claim += (uuid4(), wanted.holder, wanted.idempotency_key, "\\x00", wanted.lease_seconds, 0)
+    plans = {
+        f"find, {label}": (
+            FIND_IN_ORDER if query.pool_name is None else FIND_IN_POOL,
+            asked(query, query.limit + 1),
         )
-        for row in rows:
-            print(f"    {row[0][:150]}")
+        for label, query in QUESTIONS.items()
+    }
+    plans["reserve"] = CLAIM_IN_ORDER, claim
+    async with pool(url, 1, IN_ORDER) as ready, ready.acquire() as connection:
+        for label, (statement, arguments) in plans.items():
+            print(f"  plan of {label}:")
+            values = ", ".join("NULL" if one is None else f"'{one}'" for one in arguments)
+            transaction = connection.transaction()
+            await transaction.start()
+            await connection.execute(f"PREPARE shown AS {statement}")
+            rows = await connection.fetch(
+                f"EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF, BUFFERS) EXECUTE shown ({values})"
+            )
+            await connection.execute("DEALLOCATE shown")
+            await transaction.rollback()
+            for row in rows:
+                print(f"    {row[0][:150]}")
 
 
 async def run(given: argparse.Namespace) -> None:
