@@ -5,6 +5,7 @@ AMQP.
 """
 
 import asyncio
+import logging
 import random
 import time
 from datetime import UTC
@@ -15,6 +16,7 @@ from chiffon.errors import (
     CapacityRefused,
     IdempotencyMismatch,
     InsufficientCapacity,
+    RegistryUnavailable,
     ReservationNotFound,
     StaleFence,
 )
@@ -30,8 +32,13 @@ from chiffon.messages import (
 from chiffon.registry import Registry
 from chiffon.registry.ledger import Claim, Ledger, Refused
 
+log = logging.getLogger(__name__)
+
 CONTENDED_SECONDS = 2.0
 """For taking room that others are at: each of them holds a row for a commit, a few milliseconds."""
+
+EXPLAINED_SECONDS = 2.0
+"""For finding out why there is no room. That there is none is known by then, and has to be said."""
 
 FIRST_PAUSE_SECONDS = 0.002
 LONGEST_PAUSE_SECONDS = 0.1
@@ -47,7 +54,7 @@ class ReservationService:
     def __init__(self, registry: Registry) -> None:
         self._ledger = Ledger(registry)
         self._capacity = OrchestratorService(registry)
-        self._explaining: dict[str, asyncio.Task[Explanation]] = {}
+        self._explaining: dict[str, asyncio.Task[Explanation | None]] = {}
 
     async def reserve(self, request: CapacityReserve) -> Reservation:
         """Take room, one transaction for each of the choices until one is free.
@@ -57,7 +64,8 @@ class ReservationService:
             which may be over.
 
         Raises:
-            InsufficientCapacity: None of the choices is free; the details say why the first is not.
+            InsufficientCapacity: None of the choices is free; the details say why the first is not,
+                unless it takes 2 s to find that out.
             IdempotencyMismatch: The key came before, with another request.
             CapacityRefused: ``unavailable``: others were at the same room all the time.
         """
@@ -85,7 +93,7 @@ class ReservationService:
         raise InsufficientCapacity(
             "insufficient_capacity",
             _sentence(request, explanation),
-            {"explanation": explanation.model_dump(mode="json")},
+            {} if explanation is None else {"explanation": explanation.model_dump(mode="json")},
         )
 
     async def _claim(
@@ -100,7 +108,7 @@ class ReservationService:
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 1.5, LONGEST_PAUSE_SECONDS)
 
-    async def _explain(self, request: CapacityReserve) -> Explanation:
+    async def _explain(self, request: CapacityReserve) -> Explanation | None:
         """Say why there is no room; all who ask for the same at once share one look at the fleet.
 
         It looks at every agent, which a herd of losers would otherwise do once each.
@@ -108,10 +116,21 @@ class ReservationService:
         wanted = request.model_dump_json(exclude={"holder", "idempotency_key", "lease_seconds"})
         looking = self._explaining.get(wanted)
         if looking is None:
-            looking = asyncio.create_task(self._capacity.explain_refusal(request))
+            looking = asyncio.create_task(self._look(request))
             self._explaining[wanted] = looking
             looking.add_done_callback(lambda _: self._explaining.pop(wanted, None))
-        return await asyncio.shield(looking)
+        try:
+            return await asyncio.wait_for(asyncio.shield(looking), EXPLAINED_SECONDS)
+        except TimeoutError:
+            log.warning("refused without a reason: it was not found within %g s", EXPLAINED_SECONDS)
+            return None
+
+    async def _look(self, request: CapacityReserve) -> Explanation | None:
+        try:
+            return await self._capacity.explain_refusal(request)
+        except RegistryUnavailable as error:
+            log.warning("refused without a reason: %s", error)
+            return None
 
     async def undelivered(self, claim: Claim) -> bool:
         """Give room back whose reservation nobody took note of; returns whether it was."""
@@ -187,11 +206,12 @@ def _not_found(reservation_id: UUID) -> ReservationNotFound:
     )
 
 
-def _sentence(request: CapacityReserve, explanation: Explanation) -> str:
+def _sentence(request: CapacityReserve, explanation: Explanation | None) -> str:
     others = len(request.alternatives)
-    sentence = f"no room: {explanation.summary}"
+    why = "finding out why took too long" if explanation is None else explanation.summary
+    sentence = f"no room: {why}"
     if others:
         sentence += f"; nor for the {'alternative' if others == 1 else f'{others} alternatives'}"
-    if explanation.relaxation is not None:
+    if explanation is not None and explanation.relaxation is not None:
         sentence += f"; {explanation.relaxation.message}"
     return sentence

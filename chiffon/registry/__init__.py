@@ -4,6 +4,7 @@ Each method is one round trip, a sweep four. Statements that update several agen
 the order of ``agent_id``, so any number of orchestrators may run them at once without a deadlock.
 """
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -89,6 +90,9 @@ SWEEP_SECONDS = 30.0
 
 CONNECTIONS = 8
 
+EXPLAINED_AT_ONCE = 2
+"""Looks at every agent: each takes as long as the fleet is large, and heartbeats share the pool."""
+
 LAPSE_AT_ONCE = 5_000
 """Silent agents of an outage that one sweep takes out of the indexes: a fraction of a second."""
 
@@ -106,6 +110,7 @@ class Registry:
         self._pool = pool
         self._in_order = in_order
         self._prepared_on: set[int] = set()
+        self._explained = asyncio.Semaphore(EXPLAINED_AT_ONCE)
 
     @classmethod
     @asynccontextmanager
@@ -276,7 +281,8 @@ class Registry:
             most: How many of the nearest misses to name at most.
             reserve: What is to be reserved; its needs are in ``query``.
         """
-        [row] = await self.fetch(EXPLAIN, *asked(query, most), *taken(reserve))
+        async with self._explained:
+            [row] = await self.fetch(EXPLAIN, *asked(query, most), *taken(reserve))
         order = {rule: place for place, rule in enumerate(RULES)}
         counts = [
             (one["rule"], one["agents"], one["most"], one["hostname"])

@@ -24,10 +24,11 @@ from chiffon.messages import (
     ReservationRelease,
     ReservationRenew,
 )
-from chiffon.registry import Registry
+from chiffon.registry import CONNECTIONS, EXPLAINED_AT_ONCE, Registry
 from chiffon.registry.ledger import Ledger
 from chiffon.reservations import ReservationService
 from tests.fixtures.rooms import broken, gpu, record, request, rig
+from tests.fixtures.waiting import until
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
@@ -648,3 +649,48 @@ async def test_a_dump_can_be_restored_while_room_is_held(
     await database.execute("UPDATE public.agent_registry SET resource_metrics = resource_metrics")
 
     assert await database.fetchval("SELECT room[1] FROM public.agent_registry") == 50.0
+
+
+async def test_that_there_is_no_room_is_said_although_the_reason_takes_too_long(
+    registry: Registry,
+    service: ReservationService,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("chiffon.reservations.EXPLAINED_SECONDS", 0.0)
+    await record(registry, rig(gpu(0, 24.0, 24.0)))
+
+    with pytest.raises(InsufficientCapacity, match="finding out why took too long") as refused:
+        await service.reserve(request(gpu_vram_gb=40.0))
+
+    assert refused.value.details == {}
+    assert "refused without a reason" in caplog.text
+
+
+async def test_those_who_are_refused_leave_connections_for_others(
+    registry: Registry, service: ReservationService, database: Connection
+) -> None:
+    looking = (
+        "SELECT count(*) FROM pg_locks JOIN pg_database d ON d.oid = database"
+        " WHERE NOT granted AND relation = 'agent_registry'::regclass"
+        " AND datname = current_database()"
+    )
+
+    async def are_looking() -> bool:
+        return bool(await database.fetchval(looking) == EXPLAINED_AT_ONCE)
+
+    held = database.transaction()
+    await held.start()
+    await database.execute("LOCK TABLE agent_registry IN ACCESS EXCLUSIVE MODE")
+    capacity = OrchestratorService(registry)
+    asking = [
+        asyncio.create_task(capacity.explain(CapacityQuery(min_gpu_vram_gb=float(number))))
+        for number in range(2 * CONNECTIONS)
+    ]
+    await until(are_looking, "as many as may look at every agent")
+
+    assert await registry.revision() is not None
+
+    assert await are_looking()
+    await held.rollback()
+    await asyncio.gather(*asking)
