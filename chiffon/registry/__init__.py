@@ -28,7 +28,6 @@ from chiffon.registry.offers import (
     FIND_IN_ORDER,
     FIND_IN_POOL,
     IN_ORDER,
-    RULES,
     asked,
     has_rare_words,
     taken,
@@ -45,6 +44,7 @@ from chiffon.registry.rows import (
     Transition,
     agent_of,
     document,
+    misfits_of,
 )
 from chiffon.registry.statements import (
     COUNT_LOWER_INCARNATIONS,
@@ -283,18 +283,7 @@ class Registry:
         """
         async with self._explained:
             [row] = await self.fetch(EXPLAIN, *asked(query, most), *taken(reserve))
-        order = {rule: place for place, rule in enumerate(RULES)}
-        counts = [
-            (one["rule"], one["agents"], one["most"], one["hostname"])
-            for one in json.loads(row["counts"] or "[]")
-        ]
-        counts.sort(key=lambda one: -1 if one[0] is None else order[one[0]])
-        return Misfits(
-            row["as_of"],
-            counts,
-            json.loads(row["nearest"] or "[]"),
-            json.loads(row["relaxed"] or "null"),
-        )
+        return misfits_of(row)
 
     async def show(self, agent_id: UUID) -> AgentRow | None:
         """Return one agent, or ``None`` if there is no such agent."""

@@ -10,6 +10,7 @@ from uuid import UUID
 import asyncpg
 
 from chiffon.messages import AgentStatus
+from chiffon.registry.offers import RULES
 
 
 def document(text: str) -> Any:
@@ -182,3 +183,19 @@ def agent_of(row: asyncpg.Record) -> AgentRow:
     if fields["age_seconds"] is not None:
         fields["age_seconds"] = max(fields["age_seconds"], 0.0)
     return AgentRow(**fields)
+
+
+def misfits_of(row: asyncpg.Record) -> Misfits:
+    """Return why agents do not fit from the one row that tells it."""
+    order = {rule: place for place, rule in enumerate(RULES)}
+    counts = [
+        (one["rule"], one["agents"], one["most"], one["hostname"])
+        for one in json.loads(row["counts"] or "[]")
+    ]
+    counts.sort(key=lambda one: -1 if one[0] is None else order[one[0]])
+    return Misfits(
+        row["as_of"],
+        counts,
+        json.loads(row["nearest"] or "[]"),
+        json.loads(row["relaxed"] or "null"),
+    )
