@@ -11,6 +11,7 @@ All are asked in turn, round after round, so that what disturbs a moment does no
 
 import argparse
 import asyncio
+import json
 import os
 import sys
 import time
@@ -49,6 +50,7 @@ QUESTIONS = {
     "VRAM >= 40": CapacityQuery(min_gpu_vram_gb=40, limit=10),
     "one pool of 50": CapacityQuery(pool_name="small", limit=10),
     "cores that few have": CapacityQuery(min_cpu_cores=64, limit=10),
+    "memory that nobody has": CapacityQuery(min_memory_gb=900, limit=10),
 }
 ALONE, MANY = 1, 32
 STATES = ("alone", "loaded", "silent")
@@ -64,7 +66,7 @@ SELECT gen_random_uuid(), 'desktop', CASE WHEN n <= 50 THEN 'small' ELSE 'pool-'
        jsonb_build_object(
          'cpu_percent', round((random() * 100)::numeric, 1), 'cpu_cores_physical', 128,
          'cpu_cores_available',
-         CASE WHEN random() < 0.005 THEN 100 ELSE (random() * 16)::int END,
+         CASE WHEN n % 200 = 0 THEN 100 ELSE (random() * 16)::int END,
          'cpu_load_1min', 1.0, 'cpu_load_5min', 1.0, 'memory_percent', 10.0,
          'memory_available_gb', round((random() * 64)::numeric, 2), 'gpu_vram_total_gb', 80.0,
          'gpu_vram_available_gb', round((random() * 48)::numeric, 2), 'gpu_type', 'nvidia')
@@ -92,12 +94,15 @@ class Clock:
 
     def __init__(self) -> None:
         self.took: defaultdict[str, list[float]] = defaultdict(list)
+        self.offers: dict[str, int] = {}
 
     async def time(self, label: str, answer: Awaitable[Answer]) -> Answer:
         """Wait for an answer, and return it."""
         began = time.monotonic()
         answered = await answer
         self.took[label].append(time.monotonic() - began)
+        if isinstance(answered, CapacityOffers):
+            self.offers[label] = len(answered.agents)
         return answered
 
 
@@ -141,7 +146,8 @@ def report(state: str, callers: int, clock: Clock) -> None:
         p50, p99, p999 = percentiles(took)
         print(
             f"  {state:<8}{label:<27}{callers:>4}{p50 * 1e3:>9.2f}{p99 * 1e3:>9.2f}"
-            f"{p999 * 1e3:>9.2f} ms{p99 / p50:>7.1f}{p50 / echo50:>8.2f} x{p99 / echo99:>7.2f} x",
+            f"{p999 * 1e3:>9.2f} ms{p99 / p50:>7.1f}{p50 / echo50:>8.2f} x{p99 / echo99:>7.2f} x"
+            f"{clock.offers.get(label, ''):>8}",
             flush=True,
         )
 
@@ -277,7 +283,7 @@ async def measure(
     """Fill the registry, and ask everybody."""
     print(
         f"{agents:,} agents".ljust(34)
-        + "callers     p50      p99    p99.9     p99/p50   beside echo: p50, p99"
+        + "callers     p50      p99    p99.9     p99/p50   beside echo: p50, p99  offers"
     )
     async with stage.database() as database:
         await fill(database, agents)
@@ -304,22 +310,39 @@ async def _state(
     if state != "loaded":
         yield
         return
-    rows = await database.fetch("SELECT agent_id FROM agent_registry LIMIT 10000")
-    ids = "\n".join(str(row["agent_id"]) for row in rows)
-    listed = Path(stage.folder) / "ids"
-    listed.write_text(ids)
+    rows = await database.fetch(
+        "SELECT agent_id, pool_name, resource_metrics ->> 'cpu_cores_available' = '100'"
+        "  FROM agent_registry LIMIT 10000"
+    )
+    listed = Path(stage.folder) / "speakers"
+    listed.write_text(json.dumps([(str(one[0]), one[1], one[2]) for one in rows]))
     argv = (sys.executable, "-m", "benchmarks.capacity", "--publish", str(listed))
     with process(argv, stage):
         await asyncio.sleep(3)
         yield
 
 
-async def speak(url: str, agent_ids: list[UUID]) -> None:
-    """Be a fleet for ever: 2,000 heartbeats a second."""
-    fleet = Fleet(1)
-    fleet.agent_ids = agent_ids
-    fleet.pools = [f"pool-{number % 20}" for number in range(len(fleet.agent_ids))]
-    await publish(url, fleet.heartbeats(), sys.maxsize, per_second=HEARTBEATS)
+class Speakers(Fleet):
+    """Agents of a registry, who say the like of what they were filled with.
+
+    Args:
+        listed: Their ids and pools, and who of them has cores that few have.
+    """
+
+    def __init__(self, listed: Sequence[tuple[str, str, bool]]) -> None:
+        super().__init__(0)
+        self.agent_ids = [UUID(one[0]) for one in listed]
+        self.pools = [one[1] for one in listed]
+        self._has_many = [one[2] for one in listed]
+
+    def metrics(self, number: int) -> str:
+        """Return the next readings of an agent, as ``FILL`` draws them."""
+        metrics = json.loads(super().metrics(number))
+        cores = 100 if self._has_many[number] else metrics["cpu_cores_available"]
+        vram = round(metrics["gpu_vram_available_gb"] * 2, 2)
+        changed = {"cpu_cores_physical": 128, "cpu_cores_available": cores}
+        changed |= {"gpu_vram_total_gb": 80.0, "gpu_vram_available_gb": vram}
+        return json.dumps(metrics | changed)
 
 
 async def _print_plans(url: str) -> None:
@@ -377,10 +400,12 @@ def main() -> None:
     parser.add_argument("--states", nargs="*", default=STATES, choices=STATES)
     parser.add_argument("--plans", action="store_true", help="print the query plans as well")
     parser.add_argument("--publish", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--heartbeats", type=float, default=HEARTBEATS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.publish:
-        ids = [UUID(line) for line in given.publish.read_text().split()]
-        asyncio.run(speak(os.environ["CHIFFON_AMQP_URL"], ids))
+        fleet = Speakers(json.loads(given.publish.read_text()))
+        url = os.environ["CHIFFON_AMQP_URL"]
+        asyncio.run(publish(url, fleet.heartbeats(), sys.maxsize, per_second=given.heartbeats))
         return
     asyncio.run(run(given))
 

@@ -13,7 +13,7 @@ import time
 
 import asyncpg
 
-from benchmarks.relay import ARRAY, RECEIVED, arrays, counted
+from benchmarks.relay import ARRAY, RECORDED, arrays, counted
 from benchmarks.stage import Fleet, Stage, process, publish, staged, where
 from chiffon.embedded.children import free_port
 
@@ -44,6 +44,7 @@ async def measure(stage: Stage, agents: int, seconds: float) -> None:
 
         first, messages, sent = await look(), arrays(fleet.heartbeats()), 0
         print(f"{'minute':>6} {'table':>9} {'indexes':>11} {'dead rows':>10} {'vacuums':>8}")
+        print(line(0.0, first))
         argv = (sys.executable, "-m", "chiffon", "orchestrator", "run")
         with process(argv, stage, CHIFFON_METRICS_PORT=str(port)):
             began = shown = time.monotonic()
@@ -56,11 +57,11 @@ async def measure(stage: Stage, agents: int, seconds: float) -> None:
                     print(line((now - began) / 60, await look()), flush=True)
                 await asyncio.sleep(0.5)
             await asyncio.sleep(2)  # statistics are sent once a second
-            last, received = await look(), await asyncio.to_thread(counted, port, RECEIVED)
+            last, recorded = await look(), await asyncio.to_thread(counted, port, RECORDED)
     updates, wal = last["updates"] - first["updates"], last["wal"] - first["wal"]
     print(
-        f"{received:,.0f} of {sent:,} heartbeats recorded, {received / seconds:,.0f}/s; "
-        f"WAL {wal / received:,.0f} bytes each, {updates / received:.2f} updates each, "
+        f"{recorded:,.0f} of {sent:,} heartbeats recorded, {recorded / seconds:,.0f}/s; "
+        f"WAL {wal / recorded:,.0f} bytes each, {updates / recorded:.2f} updates each, "
         f"{(last['hot'] - first['hot']) / updates:.1%} of them in place (HOT)"
     )
 

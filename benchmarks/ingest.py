@@ -150,7 +150,7 @@ def _celery(fleet: Fleet) -> Iterator[tuple[str, bytes]]:
                 "loadavg": [0.1, 0.1, 0.1],
                 "sw_ident": "py-celery",
                 "sw_ver": "5.7.0",
-                "sw_sys": json.loads(fleet.metrics()),
+                "sw_sys": json.loads(fleet.metrics(0)),
             }
             yield "worker.heartbeat", json.dumps(body).encode()
 

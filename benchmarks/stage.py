@@ -152,8 +152,8 @@ class Fleet:
         self.pools = [f"pool-{number % POOLS}" for number in range(size)]
         self.sequence = 0
 
-    def metrics(self) -> str:
-        """Return the next readings of some agent, as JSON."""
+    def metrics(self, number: int) -> str:
+        """Return the next readings of the agent of that number, as JSON."""
         share = self._random.random
         return json.dumps(
             {
@@ -175,7 +175,7 @@ class Fleet:
         await connection.execute("TRUNCATE agent_registry")
         for start in range(0, len(self.agent_ids), 50_000):
             ids = self.agent_ids[start : start + 50_000]
-            metrics = [self.metrics() for _ in ids]
+            metrics = [self.metrics(start + number) for number in range(len(ids))]
             await connection.execute(ADD_ROWS, ids, metrics, POOLS, START)
         await connection.execute("VACUUM ANALYZE agent_registry")
         self.sequence = 0
@@ -196,7 +196,7 @@ class Fleet:
             f'"capabilities":["gpu"],"status":"online","hostname":"rig-{number}",'
             f'"agent_version":"0.1.0","incarnation":{START},"sequence":{self.sequence},'
             f'"sent_at":"2026-01-01T00:00:00Z","interval_seconds":600.0,'
-            f'"resources":{self.metrics()}}}'
+            f'"resources":{self.metrics(number)}}}'
         )
 
 

@@ -3,23 +3,29 @@
     python -m benchmarks.sweep --agents 100000 1000000
 
 A private PostgreSQL, as durable as in production, without a broker. Beside each sweep stands one
-look at every row (a count), which is what a sweep without an index would at least cost.
+look at every row (a count), which is what a sweep without an index would at least cost, and how
+long the heartbeats of one agent took that were recorded meanwhile: what a sweep locks.
 """
 
 import argparse
 import asyncio
+import itertools
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from uuid import uuid4
 
 import asyncpg
 
 from benchmarks.capacity import fill
 from chiffon import migrations
 from chiffon.embedded import postgres
+from chiffon.receipt import Receipt
 from chiffon.registry import Closing, Registry, asyncpg_url
+from tests.fixtures.heartbeats import update
 
 SILENT = "UPDATE agent_registry SET last_heartbeat_at = now() - interval '1 day' WHERE "
 LOOK = "SELECT count(*) FROM agent_registry WHERE last_heartbeat_at < now() - interval '1 minute'"
@@ -36,13 +42,17 @@ class Sweeps:
     async def run(self, label: str, count: int, closings: Sequence[Closing] = ()) -> None:
         """Sweep so often; the first one has to mark whoever is silent."""
         took: list[float] = []
+        recorded: list[float] = []
         marked = frozen = 0
+        speaking = asyncio.create_task(self._speak(recorded))
         for _ in range(count):
             await self._database.execute(CANARY)
             began = time.monotonic()
             swept = await self._registry.mark_silent(closings)
             took.append(time.monotonic() - began)
             marked, frozen = marked + len(swept.transitions), frozen + len(swept.frozen)
+        speaking.cancel()
+        await asyncio.wait([speaking])
         began = time.monotonic()
         await self._database.fetchval(LOOK)
         look = time.monotonic() - began
@@ -50,9 +60,19 @@ class Sweeps:
         print(
             f"  {label:<34}first {took[0] * 1e3:>9.1f} ms, then {best * 1e3:>9.1f} ms,"
             f" {best / look:>7.2f} x one look at every row ({look * 1e3:.0f} ms);"
-            f" marked {marked}, pools held {frozen}",
+            f" marked {marked}, pools held {frozen};"
+            f" a heartbeat meanwhile {statistics.median(recorded) * 1e3:.1f} ms,"
+            f" at most {max(recorded) * 1e3:.0f} ms",
             flush=True,
         )
+
+    async def _speak(self, took: list[float]) -> None:
+        """Be one agent that says something new all the time."""
+        agent_id = uuid4()
+        for sequence in itertools.count(1):
+            began = time.monotonic()
+            await self._registry.record([Receipt(update(agent_id, sequence=sequence), began)])
+            took.append(time.monotonic() - began)
 
 
 async def measure(agents: int, *, with_outages: bool) -> None:

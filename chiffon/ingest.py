@@ -59,7 +59,7 @@ DEAD_LETTERED = Counter(
 BATCH = Histogram(
     "chiffon_ingest_batch_heartbeats",
     "Heartbeats in one commit.",
-    buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000),
+    buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000),
 )
 COMMIT = Histogram(
     "chiffon_ingest_commit_seconds",

@@ -1,7 +1,7 @@
 """The limit: a bare drain that reads no more than it must, feeding chiffon's bulk statement.
 
 It trusts everything: no properties, no routing keys, no refusals, no heartbeats, no reconnects.
-One batch is read while the one before it is committed; uvloop runs it.
+Two batches are committed at a time while the next is read, as chiffon does; uvloop runs it.
 """
 
 import asyncio
@@ -14,12 +14,15 @@ from uuid import UUID
 import asyncpg
 import msgspec
 import uvloop
+from asyncpg.prepared_stmt import PreparedStatement
 from pamqp import commands, frame
 
 from chiffon.registry import asyncpg_url
 from chiffon.registry.statements import RECORD
 
-BATCH = 1_000
+BATCH = 2_000
+AT_ONCE = 2
+WAIT_SECONDS = 0.02
 HEAD = struct.Struct(">BHI")
 TAG = struct.Struct(">Q")
 
@@ -91,39 +94,46 @@ class Drain(asyncio.Protocol):
         self.transport.write(frame.marshal(tune, 0))
         await self.ask(commands.Connection.Open(unquote(parts.path[1:]) or "/"), 0)
         await self.ask(commands.Channel.Open())
-        await self.ask(commands.Basic.Qos(prefetch_count=2 * BATCH))
+        await self.ask(commands.Basic.Qos(prefetch_count=(AT_ONCE + 1) * BATCH))
         await self.ask(commands.Basic.Consume(queue="chiffon.ingest"))
 
 
 async def main() -> None:
     """Record heartbeats for ever."""
-    database = await asyncpg.connect(asyncpg_url(os.environ["CHIFFON_DATABASE_URL"]))
-    statement = await database.prepare(RECORD)
-    url = os.environ["CHIFFON_AMQP_URL"]
-    parts = urlsplit(url)
+    free: asyncio.Queue[PreparedStatement[asyncpg.Record]] = asyncio.Queue()
+    for _ in range(AT_ONCE):
+        database = await asyncpg.connect(asyncpg_url(os.environ["CHIFFON_DATABASE_URL"]))
+        free.put_nowait(await database.prepare(RECORD))
+    parts = urlsplit(os.environ["CHIFFON_AMQP_URL"])
     _, drain = await asyncio.get_running_loop().create_connection(
         Drain, parts.hostname or "", parts.port or 5672
     )
-    await drain.open(url)
-    running: asyncio.Task[object] | None = None
-    tag = 0
+    await drain.open(os.environ["CHIFFON_AMQP_URL"])
+
+    async def record(
+        statement: "PreparedStatement[asyncpg.Record]",
+        bodies: list[bytes],
+        tag: int,
+        before: asyncio.Task[None] | None,
+    ) -> None:
+        await statement.fetch(*read(bodies))
+        free.put_nowait(statement)
+        if before is not None:
+            await before
+        drain.transport.write(frame.marshal(commands.Basic.Ack(tag, True), 1))
+
+    running: asyncio.Task[None] | None = None
     while True:
         await drain.came.wait()
-        drain.came.clear()
-        if not drain.bodies:
-            continue
-        bodies, next_tag, drain.bodies = drain.bodies, drain.tag, []
-        arguments = read(bodies)
-        if running is not None:
-            await running
-            ack = commands.Basic.Ack(tag, True)
-            drain.transport.write(frame.marshal(ack, 1))
-        running, tag = asyncio.ensure_future(statement.fetch(*arguments)), next_tag
         if len(drain.bodies) < BATCH:
-            await running
-            ack = commands.Basic.Ack(tag, True)
-            drain.transport.write(frame.marshal(ack, 1))
-            running = None
+            await asyncio.sleep(WAIT_SECONDS)
+        statement = await free.get()
+        drain.came.clear()
+        bodies, drain.bodies = drain.bodies, []
+        if bodies:
+            running = asyncio.create_task(record(statement, bodies, drain.tag, running))
+        else:
+            free.put_nowait(statement)
 
 
 decode = msgspec.json.Decoder(Update).decode
