@@ -161,7 +161,10 @@ class CapacityRefused(CapacityError):
 
 
 class InsufficientCapacity(CapacityRefused):
-    """Nobody has the room that was to be reserved; ``details["explanation"]`` says why."""
+    """Nobody has the room that was to be reserved.
+
+    ``details["explanation"]`` says why; it is absent if that took too long to find out.
+    """
 
 
 class ReservationNotFound(CapacityRefused):

@@ -27,7 +27,7 @@ from chiffon.exposition import Page, exposing
 from chiffon.forwarder import Forwarder
 from chiffon.letters import Letters
 from chiffon.link import Link
-from chiffon.process import main, spare_collector, stopped_by
+from chiffon.process import main, stopped_by
 from chiffon.provisioning import await_exchange
 from chiffon.settings import Settings, describe
 from chiffon.topology import HEARTBEATS
@@ -42,7 +42,6 @@ async def run(settings: Settings) -> None:
     # A file for each agent: the usual soft limit of 1,024 is for programs that use select(2).
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    spare_collector()
     await serve(settings, stopped_by())
 
 

@@ -40,6 +40,9 @@ CONTENDED_SECONDS = 2.0
 EXPLAINED_SECONDS = 2.0
 """For finding out why there is no room. That there is none is known by then, and has to be said."""
 
+UNEXPLAINED_SECONDS = 10.0
+"""Without a try, after one that took too long: the fleet is as large as before."""
+
 FIRST_PAUSE_SECONDS = 0.002
 LONGEST_PAUSE_SECONDS = 0.1
 
@@ -55,6 +58,7 @@ class ReservationService:
         self._ledger = Ledger(registry)
         self._capacity = OrchestratorService(registry)
         self._explaining: dict[str, asyncio.Task[Explanation | None]] = {}
+        self._unexplained_until = 0.0
 
     async def reserve(self, request: CapacityReserve) -> Reservation:
         """Take room, one transaction for each of the choices until one is free.
@@ -65,7 +69,7 @@ class ReservationService:
 
         Raises:
             InsufficientCapacity: None of the choices is free; the details say why the first is not,
-                unless it takes 2 s to find that out.
+                unless that takes more than 2 s to find out.
             IdempotencyMismatch: The key came before, with another request.
             CapacityRefused: ``unavailable``: others were at the same room all the time.
         """
@@ -119,17 +123,18 @@ class ReservationService:
             looking = asyncio.create_task(self._look(request))
             self._explaining[wanted] = looking
             looking.add_done_callback(lambda _: self._explaining.pop(wanted, None))
-        try:
-            return await asyncio.wait_for(asyncio.shield(looking), EXPLAINED_SECONDS)
-        except TimeoutError:
-            log.warning("refused without a reason: it was not found within %g s", EXPLAINED_SECONDS)
-            return None
+        return await asyncio.shield(looking)
 
     async def _look(self, request: CapacityReserve) -> Explanation | None:
+        if time.monotonic() < self._unexplained_until:
+            return None
         try:
-            return await self._capacity.explain_refusal(request)
-        except RegistryUnavailable as error:
-            log.warning("refused without a reason: %s", error)
+            async with asyncio.timeout(EXPLAINED_SECONDS):
+                return await self._capacity.explain_refusal(request)
+        except (TimeoutError, RegistryUnavailable) as error:
+            self._unexplained_until = time.monotonic() + UNEXPLAINED_SECONDS
+            why = str(error) or f"{EXPLAINED_SECONDS:g} s were not enough to look at every agent"
+            log.warning("refusals are without a reason for %g s: %s", UNEXPLAINED_SECONDS, why)
             return None
 
     async def undelivered(self, claim: Claim) -> bool:
@@ -208,7 +213,7 @@ def _not_found(reservation_id: UUID) -> ReservationNotFound:
 
 def _sentence(request: CapacityReserve, explanation: Explanation | None) -> str:
     others = len(request.alternatives)
-    why = "finding out why took too long" if explanation is None else explanation.summary
+    why = "the reason could not be found out" if explanation is None else explanation.summary
     sentence = f"no room: {why}"
     if others:
         sentence += f"; nor for the {'alternative' if others == 1 else f'{others} alternatives'}"

@@ -47,6 +47,7 @@ class Live:
         self._history = history
         self._versions: dict[UUID, str] = {}
         self._rows: dict[UUID, dict[str, Any]] = {}
+        self._untold: dict[UUID, dict[str, Any]] = {}
         self._summary: dict[str, Any] | None = None
         self._read = 0.0
         self._trouble: str | None = "the registry has not been read yet"
@@ -115,21 +116,25 @@ class Live:
         versions = await self._registry.versions()
         # In a thread, and rows some at a time: who asks a question meanwhile must not wait for all.
         gone, changed = await asyncio.to_thread(_compared, self._versions, versions)
-        fresh: dict[UUID, dict[str, Any]] = {}
         for start in range(0, len(changed), AT_ONCE_AGENTS):
             rows = await self._registry.show_many(changed[start : start + AT_ONCE_AGENTS])
             read = time.monotonic()
             self._history.note(rows)
-            fresh.update((row.agent_id, _compact(row, read)) for row in rows)
+            part = {row.agent_id: _compact(row, read) for row in rows}
+            # At once: what is read need not be read again if the rest fails.
+            self._rows.update(part)
+            self._untold.update(part)
+            self._versions.update((agent_id, versions[agent_id]) for agent_id in part)
         summary = Fleet.of(await self._registry.summary()).model_dump(mode="json")
         self._history.forget(gone)
         for agent_id in gone:
             self._rows.pop(agent_id, None)
-        self._rows.update(fresh)
+            self._untold.pop(agent_id, None)
         self._versions, self._summary, self._read = versions, summary, began
+        fresh, self._untold = list(self._untold.values()), {}
         if self._followers:
             events = [self._numbers()]
-            for event in _chunks(list(fresh.values())):
+            for event in _chunks(fresh):
                 events.append(event)
                 await asyncio.sleep(0)
             if gone:
@@ -145,7 +150,7 @@ class Live:
             yield _event("trouble", self._trouble)
 
     def _numbers(self) -> bytes:
-        """Return the fleet in numbers, with how long ago they were read."""
+        """Return the fleet in numbers, with how long ago the look at it began."""
         return _event("fleet", {**(self._summary or {}), "age": time.monotonic() - self._read})
 
     def _tell(self, events: bytes) -> None:

@@ -72,7 +72,8 @@ def router(service: ReservationService) -> APIRouter:
     async def reserve(request: CapacityReserve, response: Response) -> Reservation:
         """Find the best agent and take room on it, or on `count` of them, in one transaction.
 
-        409 `insufficient_capacity` says in `details` who is full and why, and what would fit.
+        409 `insufficient_capacity` says in `details` who is full and why, and what would fit,
+        unless that takes more than 2 s to find out.
         """
         claim = await service.claim(request)
         if claim.asked > 1:

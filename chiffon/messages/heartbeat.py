@@ -199,7 +199,11 @@ class StatusUpdate(Message):
 
 
 def _none_above_the_next(fields: Mapping[str, float | None], names: Sequence[str]) -> None:
-    """Compare what is known of values in their order."""
+    """Compare what is known of values in their order.
+
+    Raises:
+        ValueError: One of them is more than the next.
+    """
     below, least = "", 0.0
     for name in names:
         value = fields[name]

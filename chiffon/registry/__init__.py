@@ -18,10 +18,10 @@ from asyncpg.pool import PoolConnectionProxy
 
 from chiffon import liveness
 from chiffon.errors import TablesMissing
-from chiffon.messages import CapacityQuery, CapacityReserve, StatusUpdate
+from chiffon.messages import CapacityQuery, CapacityReserve
 from chiffon.receipt import Receipt
 from chiffon.registry.columns import columns
-from chiffon.registry.connection import ANSWER_SECONDS, answering, asyncpg_url, pool
+from chiffon.registry.connection import ANSWER_SECONDS, answering, asyncpg_url, one_of, pool
 from chiffon.registry.offers import (
     EXPLAIN,
     FIND,
@@ -45,6 +45,7 @@ from chiffon.registry.rows import (
     agent_of,
     document,
     misfits_of,
+    transition_of,
 )
 from chiffon.registry.statements import (
     COUNT_LOWER_INCARNATIONS,
@@ -93,6 +94,9 @@ CONNECTIONS = 8
 EXPLAINED_AT_ONCE = 2
 """Looks at every agent: each takes as long as the fleet is large, and heartbeats share the pool."""
 
+CLAIMED_AT_ONCE = 6
+"""Claims wait for the disk, and what is found must not wait for them: they share a pool."""
+
 LAPSE_AT_ONCE = 5_000
 """Silent agents of an outage that one sweep takes out of the indexes: a fraction of a second."""
 
@@ -111,6 +115,7 @@ class Registry:
         self._in_order = in_order
         self._prepared_on: set[int] = set()
         self._explained = asyncio.Semaphore(EXPLAINED_AT_ONCE)
+        self._claimed = asyncio.Semaphore(CLAIMED_AT_ONCE)
 
     @classmethod
     @asynccontextmanager
@@ -119,7 +124,7 @@ class Registry:
 
         Args:
             url: ``postgresql://user:password@host/database``; ``+asyncpg`` is accepted.
-            connections: How many may be open at once, and as many again for offers.
+            connections: How many may be open at once, and as many again for offers and claims.
 
         Raises:
             BadConfiguration: Not such a URL.
@@ -156,7 +161,7 @@ class Registry:
                 for row in rows
                 if row["is_stale"]
             ],
-            [_transition(one.update) for one in batch if one.update.agent_id in changed]
+            [transition_of(one.update) for one in batch if one.update.agent_id in changed]
             if changed
             else [],
         )
@@ -281,7 +286,7 @@ class Registry:
             most: How many of the nearest misses to name at most.
             reserve: What is to be reserved; its needs are in ``query``.
         """
-        async with self._explained:
+        async with one_of(self._explained):
             [row] = await self.fetch(EXPLAIN, *asked(query, most), *taken(reserve))
         return misfits_of(row)
 
@@ -387,12 +392,12 @@ class Registry:
         async with self._connection() as connection:
             return await connection.fetch(statement, *arguments)
 
+    async def claim(self, statement: str, *arguments: Any) -> list[asyncpg.Record]:
+        """Run the statement of a claim as ``fetch`` does, by a plan that is made once."""
+        async with one_of(self._claimed):
+            return await self.fetch_in_order(statement, *arguments)
+
     async def fetch_in_order(self, statement: str, *arguments: Any) -> list[asyncpg.Record]:
         """Run a statement as ``fetch`` does, by a plan that is made once a connection."""
         async with self._connection(self._in_order) as connection:
             return await connection.fetch(statement, *arguments)
-
-
-def _transition(update: StatusUpdate) -> Transition:
-    reason = "farewell" if update.is_farewell else None
-    return Transition(update.agent_id, update.hostname, update.pool_name, update.status, reason)

@@ -78,6 +78,22 @@ def answering() -> Iterator[None]:
 
 
 @asynccontextmanager
+async def one_of(places: asyncio.Semaphore) -> AsyncIterator[None]:
+    """Be one of so many at once.
+
+    Raises:
+        RegistryUnavailable: There was no place for 5 s.
+    """
+    with answering():
+        async with asyncio.timeout(ANSWER_SECONDS):
+            await places.acquire()
+    try:
+        yield
+    finally:
+        places.release()
+
+
+@asynccontextmanager
 async def pool(
     url: str, connections: int, settings: Mapping[str, str]
 ) -> AsyncIterator["asyncpg.Pool[asyncpg.Record]"]:

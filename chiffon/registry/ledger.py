@@ -20,6 +20,8 @@ from chiffon.registry.claims import (
     CLAIM_ON,
     CLAIM_ON_DISTINCT_HOSTS,
     EXPIRE,
+    FITTING,
+    FITTING_ON_DISTINCT_HOSTS,
     LIST,
     PURGE,
     RELEASE,
@@ -99,12 +101,11 @@ class Ledger:
                 return Refused(is_contended=True)
             is_same = known[0]["request_hash"] == digest
             return Claim(_reservation(known[0]), known[0]["asked"], is_same)
-        return Refused(row["is_contended"])
+        return Refused(is_contended=await self._fits(request))
 
     async def _claim(self, request: CapacityReserve, *arguments: Any) -> asyncpg.Record:
         """Run the statement of claims that has the best plan for this one."""
-        needs = request.needs()
-        fetch = self._registry.fetch
+        needs, run = request.needs(), self._registry.fetch
         if request.agent_id is not None:
             statement = CLAIM_ON
         elif request.distinct_hosts and request.count > 1:
@@ -113,9 +114,18 @@ class Ledger:
             statement = CLAIM
         else:
             statement = CLAIM_IN_ORDER if needs.pool_name is None else CLAIM_IN_POOL
-            fetch = self._registry.fetch_in_order
-        [row] = await fetch(statement, *asked(needs, request.count), *taken(request), *arguments)
+            run = self._registry.claim
+        [row] = await run(statement, *asked(needs, request.count), *taken(request), *arguments)
         return row
+
+    async def _fits(self, request: CapacityReserve) -> bool:
+        is_apart = request.distinct_hosts and request.count > 1 and request.agent_id is None
+        [row] = await self._registry.fetch(
+            FITTING_ON_DISTINCT_HOSTS if is_apart else FITTING,
+            *asked(request.needs(), request.count),
+            *taken(request),
+        )
+        return bool(row["is_enough"])
 
     async def renew(
         self, reservation_id: UUID, fence: int | None = None, lease_seconds: float | None = None

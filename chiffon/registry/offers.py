@@ -145,7 +145,8 @@ IN_ORDER = {
     "enable_bitmapscan": "off",
     "enable_sort": "off",
 }
-"""Settings of a session for these: the planner does not know how few rows are asked for."""
+"""Settings of a session for these and for claims: the planner does not know how few rows are
+asked for."""
 
 
 def has_rare_words(query: CapacityQuery) -> bool:

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import asyncpg
 
-from chiffon.messages import AgentStatus
+from chiffon.messages import AgentStatus, StatusUpdate
 from chiffon.registry.offers import RULES
 
 
@@ -199,3 +199,9 @@ def misfits_of(row: asyncpg.Record) -> Misfits:
         json.loads(row["nearest"] or "[]"),
         json.loads(row["relaxed"] or "null"),
     )
+
+
+def transition_of(update: StatusUpdate) -> Transition:
+    """Return the change of status that a heartbeat made."""
+    reason = "farewell" if update.is_farewell else None
+    return Transition(update.agent_id, update.hostname, update.pool_name, update.status, reason)

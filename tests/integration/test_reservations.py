@@ -19,13 +19,16 @@ from chiffon.errors import (
 )
 from chiffon.messages import (
     CapacityQuery,
+    CapacityReserve,
     Reservation,
     ReservationList,
     ReservationRelease,
     ReservationRenew,
 )
-from chiffon.registry import CONNECTIONS, EXPLAINED_AT_ONCE, Registry
-from chiffon.registry.ledger import Ledger
+from chiffon.registry import CONNECTIONS, EXPLAINED_AT_ONCE, Misfits, Registry
+from chiffon.registry.claims import CLAIM_IN_ORDER, CLAIM_IN_POOL
+from chiffon.registry.ledger import Claim, Ledger, Refused
+from chiffon.registry.offers import IN_ORDER, asked, taken
 from chiffon.reservations import ReservationService
 from tests.fixtures.rooms import broken, gpu, record, request, rig
 from tests.fixtures.waiting import until
@@ -660,11 +663,71 @@ async def test_that_there_is_no_room_is_said_although_the_reason_takes_too_long(
     monkeypatch.setattr("chiffon.reservations.EXPLAINED_SECONDS", 0.0)
     await record(registry, rig(gpu(0, 24.0, 24.0)))
 
-    with pytest.raises(InsufficientCapacity, match="finding out why took too long") as refused:
+    with pytest.raises(
+        InsufficientCapacity, match="no room: the reason could not be found"
+    ) as refused:
         await service.reserve(request(gpu_vram_gb=40.0))
 
     assert refused.value.details == {}
-    assert "refused without a reason" in caplog.text
+    assert "refusals are without a reason" in caplog.text
+
+
+async def test_those_who_are_refused_the_same_at_once_share_one_look(
+    registry: Registry, service: ReservationService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, claims, all_claimed = 0, 0, asyncio.Event()
+    explain, claim = Registry.explain, Ledger.claim
+    wanted = [request(gpu_vram_gb=40.0) for _ in range(6)]
+
+    async def explained(self: Registry, *arguments: Any) -> Misfits:
+        nonlocal looks
+        looks += 1
+        await all_claimed.wait()
+        return await explain(self, *arguments)
+
+    async def claimed(self: Ledger, *arguments: Any, **named: Any) -> Claim | Refused:
+        nonlocal claims
+        made = await claim(self, *arguments, **named)
+        claims += 1
+        if claims == len(wanted):
+            all_claimed.set()
+        return made
+
+    monkeypatch.setattr(Registry, "explain", explained)
+    monkeypatch.setattr(Ledger, "claim", claimed)
+    await record(registry, rig(gpu(0, 24.0, 24.0)))
+
+    async def refused(one: CapacityReserve) -> str:
+        with pytest.raises(InsufficientCapacity) as error:
+            await service.reserve(one)
+        return error.value.message
+
+    said = await asyncio.gather(*(refused(one) for one in wanted))
+
+    assert len(set(said)) == 1
+    assert "too little free VRAM" in said[0]
+    assert looks == 1
+
+
+async def test_claims_are_read_from_the_index_of_the_offers(
+    registry: Registry, database: Connection
+) -> None:
+    await record(registry, rig(gpu(0, 24.0, 24.0)))
+    for name, value in IN_ORDER.items():
+        await database.execute(f"SET {name} = '{value}'")
+    for statement, pool, index in (
+        (CLAIM_IN_ORDER, None, "idx_agent_registry_offers"),
+        (CLAIM_IN_POOL, "default", "idx_agent_registry_pool_offers"),
+    ):
+        wanted = request(gpu_vram_gb=20.0, pool_name=pool)
+        claim = (uuid4(), wanted.holder, wanted.idempotency_key, b"", 60.0, 0)
+        prepared = await database.prepare(f"EXPLAIN {statement}")
+
+        plan = await prepared.fetch(*asked(wanted.needs(), 1), *taken(wanted), *claim)
+
+        lines = [row[0] for row in plan]
+        assert any(f"Index Scan using {index} on agent_registry r" in line for line in lines)
+        assert not any("Seq Scan on agent_registry" in line for line in lines)
 
 
 async def test_those_who_are_refused_leave_connections_for_others(

@@ -167,8 +167,8 @@ def test_agents_are_sorted_filtered_and_found_by_the_address(
 ) -> None:
     own = os.uname().nodename
     with rigs(addresses, "lab"):
-        expect(row(page, "rig-10")).to_contain_text("75.5 / 80.0 GiB")
-        expect(row(page, "rig-1")).to_contain_text("NVML: lost")
+        expect(row(page, "rig-10", "lab")).to_contain_text("75.5 / 80.0 GiB")
+        expect(row(page, "rig-1", "lab")).to_contain_text("NVML: lost")
 
         page.locator("#filters").get_by_label("Search").fill("LAB a100")
         expect_hosts(page, ["rig-2", "rig-10"])
