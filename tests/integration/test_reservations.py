@@ -693,6 +693,7 @@ async def test_those_who_are_refused_the_same_at_once_share_one_look(
             all_claimed.set()
         return made
 
+    monkeypatch.setattr("chiffon.reservations.EXPLAINED_SECONDS", 60.0)
     monkeypatch.setattr(Registry, "explain", explained)
     monkeypatch.setattr(Ledger, "claim", claimed)
     await record(registry, rig(gpu(0, 24.0, 24.0)))
