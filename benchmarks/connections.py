@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import sys
 import time
+from bisect import bisect
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +22,7 @@ import psutil
 from benchmarks.stage import Stage, is_open, process, staged, where
 from chiffon.embedded.children import free_port
 from tests.faults.server import Server
+from tests.fixtures.servers import Management
 from tests.fixtures.waiting import until
 
 PROCESSES = 4
@@ -80,6 +82,7 @@ async def measure(stage: Stage, agents: int, through_relay: bool) -> None:
         opened = time.monotonic()
         # Nobody is heard while the broker is away; what it had delivered before is recorded by now.
         curve = await returns(stage, agents, killed + 1.0)
+        dials = await asyncio.to_thread(dialled, stage)
         async with stage.database() as database:
             marked = await database.fetchval(MARKED)
             await database.execute("TRUNCATE agent_registry CASCADE")
@@ -93,8 +96,11 @@ async def measure(stage: Stage, agents: int, through_relay: bool) -> None:
     half, most, every = (curve[int(len(curve) * share) - 1] - away for share in (0.5, 0.99, 1.0))
     print(
         f"broker killed, up again after {away + 1.0:.1f} s; heard again after that: half "
-        f"{half:.1f} s, 99 % {most:.1f} s, all {every:.1f} s; busiest second {busiest(curve)}; "
-        f"marked offline: {marked}"
+        f"{half:.1f} s, 99 % {most:.1f} s, all {every:.1f} s; marked offline: {marked}"
+    )
+    print(
+        f"{len(dials)} connections at the broker since then, made within "
+        f"{dials[-1] - dials[0]:.1f} s; busiest second {busiest(dials)}"
     )
 
 
@@ -119,9 +125,15 @@ async def returns(stage: Stage, agents: int, since: float) -> list[float]:
     return sorted(back.values())
 
 
-def busiest(curve: Sequence[float]) -> int:
-    """Return the most that were heard for the first time within one second."""
-    return max(sum(start <= one < start + 1 for one in curve) for start in curve[::10])
+def dialled(stage: Stage) -> list[float]:
+    """Return when each connection that the broker has was made, in seconds, the first first."""
+    connections = Management(stage.management_url).call("GET", "connections?columns=connected_at")
+    return sorted(one["connected_at"] / 1_000 for one in connections if "connected_at" in one)
+
+
+def busiest(dials: Sequence[float]) -> int:
+    """Return the most connections that were made within one second."""
+    return max(bisect(dials, start + 1) - place for place, start in enumerate(dials))
 
 
 def memory(pid: int) -> int:

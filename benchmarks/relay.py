@@ -89,7 +89,7 @@ async def forwarded(stage: Stage, agents: int, seconds: float, through_relay: bo
     """Publish 2,000 heartbeats a second, through a relay or not, and see what it costs.
 
     Returns:
-        µs of CPU a heartbeat: of the relay, the broker and the orchestrator.
+        µs of CPU a heartbeat: of relay, orchestrator, broker and database.
     """
     fleet, port = Fleet(agents), free_port()
     count = int(PER_SECOND * seconds)
@@ -104,7 +104,8 @@ async def forwarded(stage: Stage, agents: int, seconds: float, through_relay: bo
     ):
         url = f"amqp://127.0.0.1:{port}/" if through_relay else stage.amqp_url
         await until(lambda: is_open(url), "somebody who listens")
-        whole = relaying, psutil.Process(stage.broker_pid), recording
+        servers = (psutil.Process(pid) for pid in (stage.broker_pid, stage.database_pid))
+        whole = relaying, recording, *servers
         await publish(url, fleet.heartbeats(), int(PER_SECOND), per_second=PER_SECOND)
         before = [cpu_seconds(one) for one in whole]
         await publish(url, fleet.heartbeats(), count, per_second=PER_SECOND)
@@ -142,10 +143,12 @@ async def main() -> None:
                 )
             print(f"arrays beside single: {many['rate'] / single['rate']:.1f} x")
         print(f"\n{PER_SECOND:,.0f} heartbeats/s of 10,000 agents: µs of CPU each")
-        print(f"{'':<35}    relay  broker  orchestrator")
+        print(f"{'':<35}    relay  orchestrator  broker  database")
         for name, through in (("straight to the broker", False), ("through a relay", True)):
             costs = await forwarded(stage, 10_000, 10 * scale, through)
-            print(f"{name:<35} {costs[0]:>8.1f} {costs[1]:>7.1f} {costs[2]:>13.1f}")
+            print(
+                f"{name:<35} {costs[0]:>8.1f} {costs[1]:>13.1f} {costs[2]:>7.1f} {costs[3]:>9.1f}"
+            )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import asyncio
 import json
 import logging
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -16,6 +17,8 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from uuid import UUID
 
@@ -137,6 +140,9 @@ async def _versions(stage: Stage) -> dict[str, str]:
         "Python": sys.version.split()[0],
         "cores": str(os.cpu_count()),
     }
+
+
+LIBRARIES = ("aio_pika", "aiormq", "asyncpg", "pydantic", "faststream", "sqlmodel", "uvloop")
 
 
 class Fleet:
@@ -294,9 +300,13 @@ def percentiles(seconds: Sequence[float]) -> tuple[float, float, float]:
 
 
 def where(stage: Stage) -> str:
-    """Return one line for people: on what this was measured."""
-    return ", ".join(
-        [*(f"{name} {version}" for name, version in stage.versions.items()), _processor()]
+    """Return two lines for people: on what this was measured, and with which libraries."""
+    memory = psutil.virtual_memory().total / 2**30
+    machine = [f"{name} {version}" for name, version in stage.versions.items()]
+    return (
+        ", ".join([*machine, f"{memory:.0f} GiB", _processor(), platform.platform()])
+        + "\n"
+        + ", ".join(f"{name} {version(name)}" for name in LIBRARIES if find_spec(name))
     )
 
 
