@@ -177,7 +177,12 @@ async def answering(stage: Stage, stack: AsyncExitStack) -> AsyncIterator[list[A
         )
     )
     http = await stack.enter_async_context(
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60)
+        httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}",
+            timeout=60,
+            # Less than what the gateway keeps an idle connection for, which would close it under us.
+            limits=httpx.Limits(keepalive_expiry=2.0),
+        )
     )
     agent_id = sample.agents[0].agent_id
     asks: list[Ask] = [
