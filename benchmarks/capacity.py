@@ -180,7 +180,7 @@ async def answering(stage: Stage, stack: AsyncExitStack) -> AsyncIterator[list[A
         httpx.AsyncClient(
             base_url=f"http://127.0.0.1:{port}",
             timeout=60,
-            # Less than what the gateway keeps an idle connection for, which would close it under us.
+            # Less than the gateway keeps an idle connection: it would close it under us.
             limits=httpx.Limits(keepalive_expiry=2.0),
         )
     )
