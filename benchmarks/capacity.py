@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 from uuid import UUID, uuid4
@@ -184,6 +185,7 @@ async def answering(stage: Stage, stack: AsyncExitStack) -> AsyncIterator[list[A
             limits=httpx.Limits(keepalive_expiry=2.0),
         )
     )
+    await until(partial(_is_there, http), "the gateway", 60)
     agent_id = sample.agents[0].agent_id
     asks: list[Ask] = [
         lambda clock: clock.time(ECHO, echo.find(question, timeout=30)),
@@ -230,6 +232,14 @@ def _wanted() -> CapacityReserve:
     return CapacityReserve(
         holder="benchmark", idempotency_key=uuid4(), gpu_vram_gb=20.0, cpu_cores=1, memory_gb=1.0
     )
+
+
+async def _is_there(http: httpx.AsyncClient) -> bool:
+    try:
+        await http.get("/livez")
+    except httpx.TransportError:
+        return False
+    return True
 
 
 async def _get(http: httpx.AsyncClient, query: CapacityQuery) -> None:
