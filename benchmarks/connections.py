@@ -82,7 +82,9 @@ async def measure(stage: Stage, agents: int, through_relay: bool) -> None:
         opened = time.monotonic()
         # Nobody is heard while the broker is away; what it had delivered before is recorded by now.
         curve = await returns(stage, agents, killed + 1.0)
-        dials = await asyncio.to_thread(dialled, stage)
+        dials: list[float] = []
+        if not through_relay:
+            dials = await until(lambda: dialled(stage), "the broker's list of connections", 60)
         async with stage.database() as database:
             marked = await database.fetchval(MARKED)
             await database.execute("TRUNCATE agent_registry CASCADE")
@@ -98,6 +100,8 @@ async def measure(stage: Stage, agents: int, through_relay: bool) -> None:
         f"broker killed, up again after {away + 1.0:.1f} s; heard again after that: half "
         f"{half:.1f} s, 99 % {most:.1f} s, all {every:.1f} s; marked offline: {marked}"
     )
+    if not dials:
+        return
     print(
         f"{len(dials)} connections at the broker since then, made within "
         f"{dials[-1] - dials[0]:.1f} s; busiest second {busiest(dials)}"
@@ -125,9 +129,10 @@ async def returns(stage: Stage, agents: int, since: float) -> list[float]:
     return sorted(back.values())
 
 
-def dialled(stage: Stage) -> list[float]:
+async def dialled(stage: Stage) -> list[float]:
     """Return when each connection that the broker has was made, in seconds, the first first."""
-    connections = Management(stage.management_url).call("GET", "connections?columns=connected_at")
+    call = Management(stage.management_url).call
+    connections = await asyncio.to_thread(call, "GET", "connections?columns=connected_at")
     return sorted(one["connected_at"] / 1_000 for one in connections if "connected_at" in one)
 
 
