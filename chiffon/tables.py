@@ -108,11 +108,14 @@ _OFFERED = (
 
 
 def _best_first() -> tuple[Any, ...]:
+    # What the order has no use for is there to be compared without a look at the row.
     return (
         text("coalesce(room[1], free_vram_gb) DESC"),
         text("coalesce(room[3], free_cores) DESC"),
         text("performance_score DESC"),
         "agent_id",
+        text("coalesce(room[4], free_memory_gb)"),
+        text("coalesce(room[2], free_single_gpu_vram_gb)"),
     )
 
 

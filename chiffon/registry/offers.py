@@ -151,7 +151,12 @@ asked for."""
 
 def has_rare_words(query: CapacityQuery) -> bool:
     """Return whether few may have what is asked for: then reading in order may be the long way."""
-    return bool(query.capabilities) or query.gpu_type is not None
+    return (
+        bool(query.capabilities)
+        or query.gpu_type is not None
+        # What agents are unless they say otherwise.
+        or query.agent_type not in (None, "desktop")
+    )
 
 
 # FIND offers who keeps all rules, EXPLAIN tells which of them somebody breaks. What a reservation

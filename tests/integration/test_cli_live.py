@@ -119,7 +119,7 @@ def test_the_topology_is_declared_and_checked(chiffon: Callable[..., Done]) -> N
 
 
 def test_the_database_is_upgraded_checked_and_taken_back(chiffon: Callable[..., Done]) -> None:
-    assert chiffon("db", "current").stdout.strip() == "0010"
+    assert chiffon("db", "current").stdout.strip() == "0011"
     assert chiffon("db", "check").returncode == 0
     assert chiffon("db", "downgrade", "0001").returncode == 0
     assert chiffon("db", "current").stdout.strip() == "0001"
