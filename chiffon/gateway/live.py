@@ -25,7 +25,8 @@ FOLLOWED_SECONDS = 1.0
 """Between two looks while somebody follows."""
 
 ALONE_SECONDS = 5.0
-"""Between two looks while nobody does, for the history."""
+ALONE_SHARE = 0.1
+"""Between two looks while nobody does, for the history; and of the time, where a look takes long."""
 
 MOST_WAITING = 10
 """Looks that one follower has not taken yet, who is let go if there are more."""
@@ -106,7 +107,7 @@ class Live:
             return
         self._followed.clear()
         try:
-            async with asyncio.timeout(max(ALONE_SECONDS, took_seconds)):
+            async with asyncio.timeout(max(ALONE_SECONDS, took_seconds / ALONE_SHARE)):
                 await self._followed.wait()
         except TimeoutError:
             pass
