@@ -26,7 +26,7 @@ FOLLOWED_SECONDS = 1.0
 
 ALONE_SECONDS = 5.0
 ALONE_SHARE = 0.1
-"""Between two looks while nobody does, for the history; and of the time, where a look takes long."""
+"""Between two looks while nobody does, for the history; and of the time, where they are long."""
 
 MOST_WAITING = 10
 """Looks that one follower has not taken yet, who is let go if there are more."""
