@@ -153,7 +153,9 @@ def report(state: str, callers: int, clock: Clock) -> None:
 
 
 @asynccontextmanager
-async def answering(stage: Stage, stack: AsyncExitStack) -> AsyncIterator[list[Ask]]:
+async def answering(
+    stage: Stage, stack: AsyncExitStack, *, with_gateway: bool
+) -> AsyncIterator[list[Ask]]:
     """Start everybody who answers; provide how each is asked, and last what one caller asks."""
     folder = Path(stage.folder)
     stack.enter_context(process((sys.executable, "-m", "chiffon", "orchestrator", "run"), stage))
@@ -171,6 +173,23 @@ async def answering(stage: Stage, stack: AsyncExitStack) -> AsyncIterator[list[A
     )
     echo = await stack.enter_async_context(PlannerClient.open(aside.amqp_url))
     await first_answer(echo, question)
+    agent_id = sample.agents[0].agent_id
+    asks: list[Ask] = [
+        lambda clock: clock.time(ECHO, echo.find(question, timeout=30)),
+        *(_find(planner, label, query) for label, query in QUESTIONS.items()),
+        lambda clock: clock.time("show", planner.show(agent_id, timeout=30)),
+        lambda clock: reserve(planner, clock),
+    ]
+    if with_gateway:
+        http = await _gateway(stage, stack)
+        asks.append(lambda clock: clock.time("HTTP, no filter", _get(http, question)))
+    faststream = await _faststream(stage, stack, question)
+    if faststream is not None:
+        asks.append(lambda clock: clock.time("FastStream RPC, no filter", faststream()))
+    yield [*asks, _find(planner, "memory that nobody has", WALK)]
+
+
+async def _gateway(stage: Stage, stack: AsyncExitStack) -> httpx.AsyncClient:
     port = free_port()
     stack.enter_context(
         process(
@@ -186,18 +205,7 @@ async def answering(stage: Stage, stack: AsyncExitStack) -> AsyncIterator[list[A
         )
     )
     await until(partial(_is_there, http), "the gateway", 60)
-    agent_id = sample.agents[0].agent_id
-    asks: list[Ask] = [
-        lambda clock: clock.time(ECHO, echo.find(question, timeout=30)),
-        *(_find(planner, label, query) for label, query in QUESTIONS.items()),
-        lambda clock: clock.time("show", planner.show(agent_id, timeout=30)),
-        lambda clock: reserve(planner, clock),
-        lambda clock: clock.time("HTTP, no filter", _get(http, question)),
-    ]
-    faststream = await _faststream(stage, stack, question)
-    if faststream is not None:
-        asks.append(lambda clock: clock.time("FastStream RPC, no filter", faststream()))
-    yield [*asks, _find(planner, "memory that nobody has", WALK)]
+    return http
 
 
 def _find(planner: PlannerClient, label: str, query: CapacityQuery) -> Ask:
@@ -293,6 +301,7 @@ async def measure(
     states: Sequence[str],
     *,
     plans: bool = False,
+    with_gateway: bool = True,
 ) -> None:
     """Fill the registry, and ask everybody."""
     print(
@@ -303,7 +312,10 @@ async def measure(
         await fill(database, agents)
         if plans:
             await _print_plans(stage.database_url)
-        async with AsyncExitStack() as stack, answering(stage, stack) as asks:
+        async with (
+            AsyncExitStack() as stack,
+            answering(stage, stack, with_gateway=with_gateway) as asks,
+        ):
             for state in states:
                 async with _state(stage, database, state):
                     for count in callers:
@@ -403,6 +415,7 @@ async def run(given: argparse.Namespace) -> None:
                 given.callers,
                 given.states,
                 plans=given.plans,
+                with_gateway=not given.no_gateway,
             )
 
 
@@ -416,6 +429,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="for each cell of the table")
     parser.add_argument("--states", nargs="*", default=STATES, choices=STATES)
     parser.add_argument("--plans", action="store_true", help="print the query plans as well")
+    parser.add_argument(
+        "--no-gateway", action="store_true", help="which looks at all agents all the time"
+    )
     parser.add_argument("--publish", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--heartbeats", type=float, default=HEARTBEATS, help=argparse.SUPPRESS)
     given = parser.parse_args()
