@@ -11,6 +11,7 @@ by the lease alone.
 
 import asyncio
 import logging
+import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from uuid import UUID
 from aiormq.abc import DeliveredMessage
 
 from chiffon.errors import BusRefused, BusUnavailable, TopologyMissing
+from chiffon.liveness import BURST_SECONDS
 from chiffon.registry import Closing
 from chiffon.session import Session, dial_any, translated
 
@@ -54,6 +56,8 @@ class Closings:
         self._name = name
         self._open: defaultdict[UUID, set[str]] = defaultdict(set)
         self._closed: dict[UUID, _Closed] = {}
+        self._was_lost = False
+        self._doubted_until = -math.inf
         self.is_following = False
         self.due = asyncio.Event()
         """Set when a closing has settled, so that the sweep need not wait for its turn."""
@@ -89,10 +93,7 @@ class Closings:
                 except BusUnavailable as error:
                     log.debug("no events about connections: %s", error)
                 finally:
-                    self.is_following = False
-                    # What happened meanwhile is not known, so nothing is.
-                    self._open.clear()
-                    self._closed.clear()
+                    self.lost()
                     await session.close()
             await asyncio.sleep(pause)
 
@@ -109,9 +110,22 @@ class Closings:
             await channel.basic_consume(
                 str(queue.queue), self._on_event, no_ack=True, timeout=ANSWER_SECONDS
             )
-        self.is_following = True
+        self.following()
         log.info("agents whose connection closes are noticed at once")
         await session.lost
+
+    def following(self) -> None:
+        """Note that from now on all events are ours."""
+        self.is_following = True
+        if self._was_lost:
+            self._doubted_until = time.monotonic() + BURST_SECONDS
+
+    def lost(self) -> None:
+        """Note that events are missed: what happened meanwhile is not known, so nothing is."""
+        self._was_lost = self._was_lost or self.is_following
+        self.is_following = False
+        self._open.clear()
+        self._closed.clear()
 
     async def _on_event(self, message: DeliveredMessage) -> None:
         headers = message.header.properties.headers or {}
@@ -142,5 +156,7 @@ class Closings:
         # Whoever lost another connection just before has a bad line, or is one of many that dial.
         before = self._closed.get(agent_id)
         is_again = before is not None and now - before.at < FORGET_SECONDS
-        self._closed[agent_id] = _Closed(now, is_known, is_again)
+        # What broke our own line may have broken many: of those we saw the last few at most, which
+        # look like deaths.
+        self._closed[agent_id] = _Closed(now, is_known, is_again or now < self._doubted_until)
         asyncio.get_running_loop().call_later(SETTLE_SECONDS, self.due.set)

@@ -41,3 +41,16 @@ async def test_an_agent_that_dials_again_tells_of_its_line_then_and_the_next_tim
 
     closings.closed(AGENT, "second")
     assert closings.current()[0].is_line
+
+
+async def test_closings_just_after_our_own_line_broke_tell_of_the_line_alone() -> None:
+    closings = Closings("amqp://localhost", "a test")
+    closings.following()
+    closings.closed(AGENT, "<1>")
+    assert not closings.current()[0].is_line, "at the start nothing broke"
+
+    closings.lost()
+    assert closings.current() == []
+    closings.following()
+    closings.closed(AGENT, "<2>")
+    assert closings.current()[0].is_line
