@@ -40,7 +40,7 @@ from chiffon.messages import (
 from chiffon.planner import PlannerClient
 from chiffon.provisioning import ensure
 from chiffon.registry.claims import CLAIM_IN_ORDER
-from chiffon.registry.connection import pool
+from chiffon.registry.connection import Connections
 from chiffon.registry.offers import FIND_IN_ORDER, FIND_IN_POOL, IN_ORDER, asked, taken
 from chiffon.session import dial_any
 from tests.fixtures.servers import Management
@@ -53,7 +53,7 @@ QUESTIONS = {
     "cores that few have": CapacityQuery(min_cpu_cores=64, limit=10),
 }
 WALK = CapacityQuery(min_memory_gb=900, limit=10)
-"""What nobody has, and no index tells: all agents are looked at. Asked by one caller."""
+"""What nobody has: all of the index is read. Asked by one caller."""
 ALONE, MANY = 1, 32
 STATES = ("alone", "loaded", "silent")
 HEARTBEATS = 2_000
@@ -387,7 +387,7 @@ async def _print_plans(url: str) -> None:
         for label, query in QUESTIONS.items()
     }
     plans["reserve"] = CLAIM_IN_ORDER, claim
-    async with pool(url, 1, IN_ORDER) as ready, ready.acquire() as connection:
+    async with Connections.open(url, 1, IN_ORDER) as ready, ready.one() as connection:
         for label, (statement, arguments) in plans.items():
             print(f"  plan of {label}:")
             values = ", ".join("NULL" if one is None else f"'{one}'" for one in arguments)

@@ -7,13 +7,13 @@
 import json
 import logging
 from base64 import urlsafe_b64decode, urlsafe_b64encode
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 from uuid import UUID
 
 import asyncpg
 from pydantic import ValidationError
+from pydantic_core import from_json
 
 from chiffon.encoding import first_problem
 from chiffon.errors import AgentNotFoundError, BadMessage
@@ -34,8 +34,6 @@ from chiffon.messages import (
 from chiffon.registry import AgentRow, Registry, document
 
 log = logging.getLogger(__name__)
-
-_WHOLE = {"cpu_cores_physical", "cpu_cores_available"}
 
 
 class Capacity(Protocol):
@@ -240,36 +238,49 @@ def describe(row: AgentRow) -> AgentCapacity:
 
 def offer_of(row: asyncpg.Record, query: CapacityQuery) -> Offer | None:
     """Return a row of the registry as an offer; ``None``, and a warning, if it cannot be one."""
-    written = document(row["resource_metrics"])
-    metrics = _scalars(written)
-    reported = {name: metrics[name] for name in Reported.model_fields}
-    received: datetime = row["last_heartbeat_at"]
+    written = _written(row["resource_metrics"])
+    metrics = _scalars(written, _OFFERED)
+    reported = {name: metrics[name] for name in _REPORTED}
+    fields = {
+        **{name: row[name] for name in _OF_ROW},
+        **metrics,
+        "gpu_sample_age_seconds": _sample_age(written),
+        "heartbeat_age_seconds": max(row["age_seconds"], 0.0),
+        **_left(reported, row["room"]),
+    }
+    if query.show_reserved:
+        fields["reported"] = reported
     try:
-        return Offer(
-            agent_id=row["agent_id"],
-            agent_type=row["agent_type"],
-            pool_name=row["pool_name"],
-            hostname=row["hostname"],
-            status=row["status"],
-            gpu_type=metrics["gpu_type"],
-            gpu_vram_total_gb=metrics["gpu_vram_total_gb"],
-            gpu_sample_age_seconds=_sample_age(written),
-            cpu_load_1min=metrics["cpu_load_1min"],
-            performance_score=row["performance_score"],
-            last_heartbeat_at=received,
-            heartbeat_age_seconds=max(row["age_seconds"], 0.0),
-            reported=Reported(**reported) if query.show_reserved else None,
-            **_left(reported, row["room"]),
-        )
+        return Offer.model_validate(fields)
     except ValidationError as error:
         log.warning("agent %s is not offered: %s", row["agent_id"], first_problem(error))
         return None
 
 
-def _left(reported: Mapping[str, Any], room: Sequence[float] | None) -> dict[str, Any]:
+def _written(text: str) -> Any:
+    try:
+        return from_json(text)  # a sixth of the time
+    except ValueError:
+        return document(text)
+
+
+_REPORTED = tuple(Reported.model_fields)
+_OFFERED = tuple(name for name in SCALAR_METRICS if name in Offer.model_fields)
+_OF_ROW = (
+    "agent_id",
+    "agent_type",
+    "pool_name",
+    "hostname",
+    "status",
+    "performance_score",
+    "last_heartbeat_at",
+)
+
+
+def _left(reported: dict[str, Any], room: Sequence[float] | None) -> dict[str, Any]:
     """Return what can be taken of what was reported; what is unknown stays so."""
     if room is None:
-        return dict(reported)
+        return reported
     vram, single, cores, memory = room
     left = {
         "gpu_vram_available_gb": vram,
@@ -282,33 +293,46 @@ def _left(reported: Mapping[str, Any], room: Sequence[float] | None) -> dict[str
     }
 
 
-def _scalars(metrics: Any) -> dict[str, Any]:
-    """Return the scalar metrics of a row that anyone may have written.
+def _scalars(metrics: Any, names: Sequence[str] = SCALAR_METRICS) -> dict[str, Any]:
+    """Return scalar metrics of a row that anyone may have written.
 
     A key that is not there counts as no free VRAM and one free core, and is otherwise unknown.
     A row with one GPU or none has its free VRAM on one GPU.
     """
-    written = metrics if isinstance(metrics, Mapping) else {}
-    missing = {"gpu_vram_available_gb": 0.0, "cpu_cores_available": 1}
+    written = metrics if isinstance(metrics, dict) else {}
     gpus = written.get("gpus")
     is_one = not isinstance(gpus, list) or len(gpus) < 2
-    missing["gpu_vram_max_available_gb"] = (
-        written.get("gpu_vram_available_gb", 0.0) if is_one else 0.0
-    )
-    return {key: _sound(key, written.get(key, missing.get(key))) for key in SCALAR_METRICS}
+    missing = {
+        "gpu_vram_available_gb": 0.0,
+        "cpu_cores_available": 1,
+        "gpu_vram_max_available_gb": written.get("gpu_vram_available_gb", 0.0) if is_one else 0.0,
+    }
+    return {name: _READERS[name](written.get(name, missing.get(name))) for name in names}
 
 
 def _sample_age(metrics: Any) -> float | None:
-    written = metrics if isinstance(metrics, Mapping) else {}
-    age: float | None = _sound("", written.get("gpu_sample_age_seconds"))
+    age = _number(metrics.get("gpu_sample_age_seconds")) if isinstance(metrics, dict) else None
     return None if age is None else max(age, 0.0)
 
 
-def _sound(key: str, value: Any) -> Any:
-    if key == "gpu_type":
-        return value if isinstance(value, str) else None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    if abs(value) > MAX_INTEGER:  # PostgreSQL keeps numbers that no float can hold
-        return None
-    return int(value) if key in _WHOLE else float(value)
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _number(value: Any) -> float | None:
+    # PostgreSQL keeps numbers that no float can hold. A truth value is no number.
+    is_sound = type(value) in (int, float) and -MAX_INTEGER <= value <= MAX_INTEGER
+    return float(value) if is_sound else None
+
+
+def _whole(value: Any) -> int | None:
+    number = _number(value)
+    return None if number is None else int(number)
+
+
+_READERS: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(SCALAR_METRICS, _number),
+    "cpu_cores_physical": _whole,
+    "cpu_cores_available": _whole,
+    "gpu_type": _text,
+}

@@ -8,7 +8,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -21,7 +21,7 @@ from chiffon.errors import TablesMissing
 from chiffon.messages import CapacityQuery, CapacityReserve
 from chiffon.receipt import Receipt
 from chiffon.registry.columns import columns
-from chiffon.registry.connection import ANSWER_SECONDS, answering, asyncpg_url, one_of, pool
+from chiffon.registry.connection import Connections, answering, asyncpg_url, one_of
 from chiffon.registry.offers import (
     EXPLAIN,
     FIND,
@@ -108,10 +108,8 @@ class Registry:
     answer within 5 s (in a sweep 30 s), and ``RegistryRefused`` when it does not let us in.
     """
 
-    def __init__(
-        self, pool: "asyncpg.Pool[asyncpg.Record]", in_order: "asyncpg.Pool[asyncpg.Record]"
-    ) -> None:
-        self._pool = pool
+    def __init__(self, connections: Connections, in_order: Connections) -> None:
+        self._connections = connections
         self._in_order = in_order
         self._prepared_on: set[int] = set()
         self._explained = asyncio.Semaphore(EXPLAINED_AT_ONCE)
@@ -129,12 +127,11 @@ class Registry:
         Raises:
             BadConfiguration: Not such a URL.
         """
-        async with AsyncExitStack() as stack:
-            pools = [
-                await stack.enter_async_context(pool(url, connections, settings))
-                for settings in ({}, IN_ORDER)
-            ]
-            yield cls(*pools)
+        async with (
+            Connections.open(url, connections) as plain,
+            Connections.open(url, connections, IN_ORDER) as in_order,
+        ):
+            yield cls(plain, in_order)
 
     async def record(self, batch: Sequence[Receipt]) -> Recorded:
         """Apply heartbeats: one statement, in effect when this returns.
@@ -151,7 +148,7 @@ class Registry:
         """
         if not batch:
             return Recorded([], [])
-        async with self._connection() as connection:
+        async with self._connections.one() as connection:
             await self._prepare_on(connection)
             rows = await connection.fetch(RECORD, *columns(batch, time.monotonic()))
         changed = {row["agent_id"] for row in rows if row["is_changed"]}
@@ -197,7 +194,7 @@ class Registry:
             part: What it proves.
             path: All the parts; see ``Topology.path``.
         """
-        async with self._connection() as connection:
+        async with self._connections.one() as connection:
             await connection.fetch(MARK_PART_FRESH, time.monotonic() - received, part)
             await connection.fetch(MARK_PATH_FRESH, delay_seconds, path)
 
@@ -228,7 +225,7 @@ class Registry:
         Returns:
             What changed; empty almost always.
         """
-        async with self._connection() as connection:
+        async with self._connections.one() as connection:
             sweep = partial(connection.fetch, timeout=SWEEP_SECONDS)
             await sweep(LAPSE, LAPSE_AT_ONCE)
             await sweep(SETTLE_GRACE)
@@ -379,17 +376,9 @@ class Registry:
             return None
         return rows[0]["version_num"] if rows else None
 
-    @asynccontextmanager
-    async def _connection(
-        self, pool: "asyncpg.Pool[asyncpg.Record] | None" = None
-    ) -> AsyncIterator["PoolConnectionProxy[asyncpg.Record]"]:
-        with answering():
-            async with (pool or self._pool).acquire(timeout=ANSWER_SECONDS) as connection:
-                yield connection
-
     async def fetch(self, statement: str, *arguments: Any) -> list[asyncpg.Record]:
         """Run one statement of this package, on a connection and in a transaction of its own."""
-        async with self._connection() as connection:
+        async with self._connections.one() as connection:
             return await connection.fetch(statement, *arguments)
 
     async def claim(self, statement: str, *arguments: Any) -> list[asyncpg.Record]:
@@ -399,5 +388,5 @@ class Registry:
 
     async def fetch_in_order(self, statement: str, *arguments: Any) -> list[asyncpg.Record]:
         """Run a statement as ``fetch`` does, by a plan that is made once a connection."""
-        async with self._connection(self._in_order) as connection:
+        async with self._in_order.one() as connection:
             return await connection.fetch(statement, *arguments)

@@ -116,6 +116,13 @@ def within(of_pool: str | None = None) -> str:
     return offered(ASKED, rules if of_pool is None else {**rules, "pool_name": of_pool})
 
 
+# In the first row alone: to read it from each takes a tenth of a question's time.
+_HEADER = ", ".join(
+    f"CASE WHEN place > 1 THEN NULL ELSE header.{name} END AS {name}"
+    for name in ("as_of", "degraded", "malformed")
+)
+
+
 def _find(of_pool: str | None = None) -> str:
     return f"""
 WITH header AS (
@@ -128,7 +135,7 @@ WITH header AS (
   SELECT {OFFER}, row_number() OVER (ORDER BY {BEST_FIRST}) AS place
     FROM agent_registry r WHERE {within(of_pool)} ORDER BY {BEST_FIRST} LIMIT $8
 )
-SELECT header.*, offers.*,
+SELECT {_HEADER}, offers.*,
        extract(epoch FROM header.as_of - offers.last_heartbeat_at)::float8 AS age_seconds
   FROM header LEFT JOIN offers ON true
  ORDER BY place
