@@ -75,7 +75,9 @@ SELECT gen_random_uuid(), 'desktop', CASE WHEN n <= 50 THEN 'small' ELSE 'pool-'
   FROM generate_series($1::int, $2::int) n
 """
 GIN = "idx_agent_registry_resource_metrics"
+# Locked as a whole: what is left of the load updates rows in another order.
 SILENCE = """
+LOCK TABLE agent_registry IN EXCLUSIVE MODE;
 UPDATE agent_registry SET last_heartbeat_at = now() - interval '30 days' WHERE random() < 0.75
 """
 # A future canary: nobody is marked offline, and nothing is degraded, while we measure.
@@ -349,6 +351,11 @@ async def _state(
     with process(argv, stage):
         await asyncio.sleep(3)
         yield
+    await until(partial(_is_drained, stage), "what is left of the load is recorded", 120)
+
+
+async def _is_drained(stage: Stage) -> bool:
+    return await stage.depth() == 0
 
 
 class Speakers(Fleet):
