@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from tests.faults.lab import Lab, kill
+from tests.fixtures import plain
 from tests.fixtures.waiting import until
 
 pytestmark = [pytest.mark.faults, pytest.mark.asyncio(loop_scope="session")]
 
 OPTIONS = (
-    *("--agents", "300", "--seconds", "30", "--interval-seconds", "1", "--connections", "10"),
+    *("--agents", "300", "--seconds", "30", "--interval-seconds", "2", "--connections", "10"),
     *("--loss", "0.05", "--duplicates", "0.1", "--reordering", "0.1", "--churn", "1"),
 )
 
@@ -42,10 +43,15 @@ async def simulated(
 async def test_nothing_differs_while_orchestrators_are_killed(lab: Lab) -> None:
     await until(lab.is_whole, "the lab whole again", 60)
 
+    async def all_consume() -> bool:
+        return (await plain.depth(lab.amqp_url, "chiffon.ingest"))[1] == len(lab.orchestrators)
+
     async def kill_one_after_the_other() -> None:
         for _ in range(4):
-            await asyncio.sleep(5)
+            await asyncio.sleep(2)
             lab.start_orchestrator()
+            # Before that, both that are left might still be starting: then heartbeats expire.
+            await until(all_consume, "the new one consumes")
             kill(lab.orchestrators.pop(0))
 
     code, outcome = await simulated(lab, meanwhile=kill_one_after_the_other)
