@@ -20,7 +20,7 @@ from uuid import uuid4
 
 import asyncpg
 
-from benchmarks.capacity import fill
+from benchmarks.filled import fill
 from chiffon import migrations
 from chiffon.embedded import postgres
 from chiffon.receipt import Receipt
