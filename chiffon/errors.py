@@ -15,7 +15,7 @@
         * TopologyMismatch   it is there, with other arguments
         * QueueDown          a queue is on a node of the broker that is down
         * Unroutable         the broker confirmed that no queue takes this message
-        * NotTaken           it told us that a queue did not take it; another may have
+        * NotTaken           a queue did not take it; another may have
         * ConsumerStuck      the broker gives our consumer nothing, whatever we do
     * CapacityError          a capacity question was not answered
         * NoResponders       nobody is listening for it
@@ -33,6 +33,7 @@ Messages say what happened, why, and what to do next, in one line, and never hol
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
@@ -116,7 +117,7 @@ class Unroutable(BusUnavailable):
 
 
 class NotTaken(BusUnavailable):
-    """The broker told us that a queue did not take the message; others that are bound may have.
+    """A queue did not take the message; others that are bound may have.
 
     It does so (``basic.nack``) for a queue that is full and, from RabbitMQ 4.0 on, for a classic
     queue whose node is down.
@@ -145,7 +146,7 @@ class CapacityRefused(CapacityError):
     Args:
         code: The machine-readable code of the ``error.v1`` reply.
         message: Its sentence for people.
-        details: What it tells programs beside that.
+        details: What programs can read beside that.
     """
 
     def __init__(self, code: str, message: str, details: Mapping[str, Any] | None = None) -> None:
@@ -157,7 +158,7 @@ class CapacityRefused(CapacityError):
     @staticmethod
     def of(code: str, message: str, details: Mapping[str, Any] | None = None) -> "CapacityRefused":
         """Return the refusal of the class that its code has."""
-        return _REFUSALS.get(code, CapacityRefused)(code, message, details)
+        return CODES[code].error(code, message, details)
 
 
 class InsufficientCapacity(CapacityRefused):
@@ -179,12 +180,28 @@ class IdempotencyMismatch(CapacityRefused):
     """The key came before, with another request."""
 
 
-_REFUSALS: dict[str, type[CapacityRefused]] = {
-    "insufficient_capacity": InsufficientCapacity,
-    "reservation_not_found": ReservationNotFound,
-    "stale_fence": StaleFence,
-    "idempotency_mismatch": IdempotencyMismatch,
+@dataclass(frozen=True, slots=True)
+class Code:
+    """What an ``error.v1`` code means: to a command, over HTTP, and to a program in Python."""
+
+    exit_code: int
+    http_status: int
+    error: type[CapacityRefused] = CapacityRefused
+
+
+CODES: Mapping[str, Code] = {
+    "invalid_request": Code(2, 400),
+    "unsupported_type": Code(1, 400),
+    "agent_not_found": Code(3, 404),
+    "unavailable": Code(69, 503),
+    "expired": Code(75, 409),
+    "internal": Code(1, 500),
+    "insufficient_capacity": Code(3, 409, InsufficientCapacity),
+    "idempotency_mismatch": Code(2, 409, IdempotencyMismatch),
+    "stale_fence": Code(3, 409, StaleFence),
+    "reservation_not_found": Code(3, 404, ReservationNotFound),
 }
+"""Every code of the contract: a new one is a line here."""
 
 
 class ChildFailed(ChiffonError):
@@ -202,7 +219,7 @@ def exit_code(error: ChiffonError) -> int:
     78 bad configuration, 1 a fault of ours.
     """
     if isinstance(error, CapacityRefused):
-        return _EXIT_CODES_OF_REFUSALS.get(error.code, 1)
+        return CODES[error.code].exit_code
     for kind in type(error).__mro__:
         if kind in _EXIT_CODES:
             return _EXIT_CODES[kind]
@@ -222,15 +239,6 @@ _EXIT_CODES: dict[type, int] = {
     TablesMissing: 78,
     BadConfiguration: 78,
     TopologyMismatch: 78,
-}
-_EXIT_CODES_OF_REFUSALS = {
-    "invalid_request": 2,
-    "idempotency_mismatch": 2,
-    "insufficient_capacity": 3,
-    "reservation_not_found": 3,
-    "stale_fence": 3,
-    "unavailable": 69,
-    "expired": 75,
 }
 
 # As far as the last @ of the word: a password that should have been percent-encoded and was not

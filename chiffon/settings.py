@@ -11,13 +11,13 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from chiffon.encoding import first_problem
+from chiffon.contract.codec import first_problem
+from chiffon.contract.messages import AgentType
+from chiffon.contract.topology import MOST_SHARDS, REPLY_FORMS
 from chiffon.errors import BadConfiguration, masked
-from chiffon.messages import AgentType
-from chiffon.topology import MOST_SHARDS, REPLY_FORMS
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +33,6 @@ UP_LOCK = "up.lock"
 def _words(value: Any) -> Any:
     if isinstance(value, str):
         return [word.strip() for word in value.split(",") if word.strip()]
-    return value
-
-
-def _login(value: SecretStr) -> SecretStr:
-    user, _, password = value.get_secret_value().partition(":")
-    if not user or not password:
-        raise ValueError("must be user:password")
     return value
 
 
@@ -123,22 +116,6 @@ class Settings(BaseSettings):
     )
     metrics_agent_limit: int = Field(
         2_000, ge=0, le=100_000, description="Agents with series of their own, at the gateway."
-    )
-    relay_host: str = Field("127.0.0.1", description="Where a relay listens for agents.")
-    relay_port: int = Field(5673, ge=0, le=65_535)
-    relay_login: Annotated[SecretStr, AfterValidator(_login)] | None = Field(
-        None,
-        description="user:password that agents give the relay; needed beyond this machine.",
-    )
-    relay_certificate: Path | None = Field(None, description="For amqps; a chain in PEM.")
-    relay_key: Path | None = Field(None, description="Its key, where it is in another file.")
-    relay_name: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z0-9_-]{1,64}$",
-        description="Ends the routing keys of its arrays; the host's name if not given.",
-    )
-    relay_seconds: float = Field(
-        0.2, ge=0.01, le=0.5, description="For how long a relay gathers heartbeats."
     )
     rpc_timeout_seconds: float = Field(5.0, gt=0, le=3_600, allow_inf_nan=False)
 

@@ -13,8 +13,8 @@ from sqlalchemy import Connection, pool
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlmodel import SQLModel
 
-import chiffon.tables  # noqa: F401  (fills the metadata)
-from chiffon.registry import asyncpg_url
+import chiffon.registry.tables  # noqa: F401  (fills the metadata)
+from chiffon.registry.pool import asyncpg_url
 from chiffon.settings import load
 
 config = context.config

@@ -18,7 +18,6 @@ from chiffon.cli import (
     fleet,
     gateway,
     orchestrator,
-    relay,
     reservation,
     schema,
     simulate,
@@ -37,7 +36,6 @@ app.command("up")(up.up)
 app.command("simulate")(simulate.simulate)
 app.add_typer(agent.app, name="agent")
 app.add_typer(orchestrator.app, name="orchestrator")
-app.add_typer(relay.app, name="relay")
 app.add_typer(gateway.app, name="gateway")
 app.add_typer(fleet.app, name="fleet")
 app.add_typer(capacity.app, name="capacity")

@@ -29,7 +29,7 @@ def run(
     """Publish this machine's heartbeats until SIGTERM or Ctrl-C, then say farewell."""
     import asyncio
 
-    from chiffon.agent import run as serve
+    from chiffon.agent.process import run as serve
     from chiffon.logs import configure
     from chiffon.settings import load
 
@@ -57,9 +57,9 @@ def probe(
     """
     import asyncio
 
-    from chiffon.agent import preview
+    from chiffon.agent.preview import preview
     from chiffon.cli.rows import READINGS, heartbeat_rows
-    from chiffon.encoding import encode
+    from chiffon.contract.codec import encode
     from chiffon.settings import load
 
     options = {

@@ -11,7 +11,7 @@ from chiffon.cli.output import Format, FormatOption, note, show_many, show_one
 from chiffon.cli.rows import OFFERS, OFFERS_AS_REPORTED
 
 if TYPE_CHECKING:
-    from chiffon.messages import CapacityOffers, Explanation
+    from chiffon.contract.messages import CapacityOffers, Explanation
 
 app = typer.Typer(
     help="Ask what can be taken, wait for it and take it, over AMQP.",
@@ -41,7 +41,7 @@ def find(
     output: FormatOption = None,
 ) -> None:
     """Show which agents can take a job now, best first. Exit code 3 if none can."""
-    from chiffon.messages import CapacityQuery
+    from chiffon.contract.messages import CapacityQuery
 
     query = question(
         CapacityQuery,
@@ -78,8 +78,8 @@ def wait(
     timeout: Annotated[float, typer.Option(help="Seconds to wait for room.")] = 600.0,
     output: FormatOption = None,
 ) -> None:
-    """Wait in line until an agent can take a job. Exit code 3 if none could in time."""
-    from chiffon.messages import CapacityWait
+    """Wait in the queue until an agent can take a job. Exit code 3 if none could in time."""
+    from chiffon.contract.messages import CapacityWait
 
     wanted = question(
         CapacityWait,
@@ -140,7 +140,7 @@ def reserve(
     It ends with its lease: `chiffon reservation renew` lets that begin anew, `chiffon reservation
     release` gives the room back.
     """
-    from chiffon.messages import CapacityReserve
+    from chiffon.contract.messages import CapacityReserve
 
     request = question(
         CapacityReserve,
@@ -164,7 +164,7 @@ def reserve(
         gpu_type=gpu_type,
         capabilities=capabilities,
     )
-    made = ask(lambda planner, seconds: planner.take(request, timeout=seconds), timeout)
+    made = ask(lambda planner, seconds: planner.reserve_once(request, timeout=seconds), timeout)
     show_one(made.model_dump(mode="json"), output)
     if made.state != "held":
         note(f"this key's reservation is over: {made.reason}; a new intent needs a new key")

@@ -22,7 +22,7 @@ def upgrade(
     """Bring the tables up to date; twice is the same as once."""
     import asyncio
 
-    from chiffon import migrations
+    from chiffon.registry import migrations
 
     asyncio.run(migrations.upgrade(_url(), revision))
     note(f"the database is at {revision}")
@@ -35,7 +35,7 @@ def downgrade(
     """Take the tables back to an older revision. What newer columns held is lost."""
     import asyncio
 
-    from chiffon import migrations
+    from chiffon.registry import migrations
 
     asyncio.run(migrations.downgrade(_url(), revision))
     note(f"the database is at {revision}")
@@ -46,7 +46,7 @@ def current() -> None:
     """Print the revision that the database is at."""
     import asyncio
 
-    from chiffon.registry import Registry
+    from chiffon.registry.registry import Registry
 
     async def revision() -> str | None:
         async with Registry.open(_url()) as registry:
@@ -60,7 +60,7 @@ def check() -> None:
     """Compare the tables with what this chiffon needs. Exit code 3 if they differ."""
     import asyncio
 
-    from chiffon import migrations
+    from chiffon.registry import migrations
 
     differences = asyncio.run(migrations.differences(_url()))
     if differences is not None:

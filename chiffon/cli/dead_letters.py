@@ -9,7 +9,7 @@ from chiffon.cli.output import Column, FormatOption, age, note, show_many, show_
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from chiffon.dead_letter_box import DeadLetterBox
+    from chiffon.amqp.dead_letter_queue import DeadLetterQueue
 
 app = typer.Typer(
     help="Messages that were set aside, with their reasons.",
@@ -41,10 +41,10 @@ def list_letters(
 ) -> None:
     """List the oldest dead letters."""
 
-    async def read(box: "DeadLetterBox") -> list[dict[str, Any]]:
-        return [letter.data() for letter, _ in await box.read(limit)]
+    async def read(queue: "DeadLetterQueue") -> list[dict[str, Any]]:
+        return [letter.data() for letter, _ in await queue.read(limit)]
 
-    letters = _with_box(read)
+    letters = _with_queue(read)
     show_many(letters, _COLUMNS, output)
     if not letters:
         note("no dead letters")
@@ -56,12 +56,12 @@ def show(
     output: FormatOption = None,
 ) -> None:
     """Show one dead letter with its body. Exit code 3 if there is none of that id."""
-    from chiffon.dead_letter_box import chosen
+    from chiffon.amqp.dead_letter_queue import chosen
 
-    async def read(box: "DeadLetterBox") -> list[dict[str, Any]]:
-        return [one.data() for one, _ in chosen(await box.read(MOST), [letter])]
+    async def read(queue: "DeadLetterQueue") -> list[dict[str, Any]]:
+        return [one.data() for one, _ in chosen(await queue.read(MOST), [letter])]
 
-    found = _with_box(read)
+    found = _with_queue(read)
     if not found:
         note(f"no dead letter {letter}; `chiffon bus dead-letters list` shows them")
         raise typer.Exit(3)
@@ -70,67 +70,70 @@ def show(
 
 @app.command()
 def replay(letters: LettersArgument = None, every: AllOption = False) -> None:
-    """Publish letters where they came from, once what was wrong is mended.
+    """Publish dead letters where they came from, once what was wrong is mended.
 
     Safe to repeat: what is not newer than the registry changes nothing, and a heartbeat that has
-    outlived its lease raises nobody. What is refused again becomes a dead letter again.
+    outlived its lease makes nobody look alive. What is refused again becomes a dead letter again.
     """
-    from chiffon.dead_letter_box import chosen
+    from chiffon.amqp.dead_letter_queue import chosen
 
     ids = _ids(letters, every)
 
-    async def put_back(box: "DeadLetterBox") -> int:
-        wanted = chosen(await box.read(MOST), ids)
+    async def put_back(queue: "DeadLetterQueue") -> int:
+        wanted = chosen(await queue.read(MOST), ids)
         for letter, message in wanted:
-            await box.replay(letter, message)
+            await queue.replay(letter, message)
         return len(wanted)
 
-    _tell("replayed", _with_box(put_back))
+    _report("replayed", _with_queue(put_back))
 
 
 @app.command()
 def purge(letters: LettersArgument = None, every: AllOption = False) -> None:
-    """Delete letters for good."""
-    from chiffon.dead_letter_box import chosen
+    """Delete dead letters for good."""
+    from chiffon.amqp.dead_letter_queue import chosen
 
     ids = _ids(letters, every)
 
-    async def take_out(box: "DeadLetterBox") -> int:
-        wanted = chosen(await box.read(MOST), ids)
+    async def delete(queue: "DeadLetterQueue") -> int:
+        wanted = chosen(await queue.read(MOST), ids)
         for _, message in wanted:
-            await box.purge(message)
+            await queue.purge(message)
         return len(wanted)
 
-    _tell("purged", _with_box(take_out))
+    _report("purged", _with_queue(delete))
 
 
 def _ids(letters: list[str] | None, every: bool) -> list[str]:
     if bool(letters) == every:
-        raise typer.BadParameter("name letters, or say --all")
+        raise typer.BadParameter("name dead letters, or say --all")
     return letters or []
 
 
-def _tell(done: str, count: int) -> None:
+def _report(done: str, count: int) -> None:
     note(f"{done} {count} dead letter{'' if count == 1 else 's'}")
     if not count:
         raise typer.Exit(3)
 
 
-def _with_box(work: "Callable[[DeadLetterBox], Awaitable[Any]]") -> Any:
+def _with_queue(work: "Callable[[DeadLetterQueue], Awaitable[Any]]") -> Any:
     import asyncio
 
-    from chiffon.dead_letter_box import DeadLetterBox
-    from chiffon.session import dial_any
+    from chiffon.amqp import properties
+    from chiffon.amqp.connection import dial_any
+    from chiffon.amqp.dead_letter_queue import DeadLetterQueue
     from chiffon.settings import load
 
+    # What cannot be decoded is among what is looked at here.
+    properties.install()
     url = load().amqp_url.get_secret_value()
 
     async def run() -> Any:
-        session = await dial_any(url, "chiffon bus dead-letters")
+        connection = await dial_any(url, "chiffon bus dead-letters")
         try:
-            async with DeadLetterBox.opened(session) as box:
-                return await work(box)
+            async with DeadLetterQueue.opened(connection) as queue:
+                return await work(queue)
         finally:
-            await session.close()
+            await connection.close()
 
     return asyncio.run(run())

@@ -23,11 +23,12 @@ from chiffon.cli.output import (
     table,
     width_of,
 )
-from chiffon.cli.rows import EVENTS, FLEET, HELD
+from chiffon.cli.rows import EVENTS, FLEET, RESERVED
 
 if TYPE_CHECKING:
-    from chiffon.fleet import Agent, Fleet
-    from chiffon.registry import AgentRow, Registry
+    from chiffon.capacity.fleet import Agent, Fleet
+    from chiffon.registry.registry import Registry
+    from chiffon.registry.rows import AgentRow
 
 
 class Status(StrEnum):
@@ -75,7 +76,7 @@ def show(
     """Show all that is known of one agent. Exit code 3 if there is no such agent."""
     import asyncio
 
-    from chiffon.capacity import OrchestratorService
+    from chiffon.capacity.service import OrchestratorService
 
     async def read() -> Data:
         async with _registry() as registry:
@@ -96,14 +97,13 @@ def forget(
     """
     import asyncio
 
+    from chiffon.capacity.reservations import ReservationService
     from chiffon.errors import AgentNotFoundError
-    from chiffon.registry.ledger import Ledger
 
     async def remove() -> list[UUID]:
         async with _registry() as registry:
-            # What is held on them first: else its holders would go on renewing it.
-            await Ledger(registry).revoke_on(agents)
-            return list(await registry.forget(agents))
+            forgotten, _ = await ReservationService(registry).forget_agents(agents)
+            return list(forgotten)
 
     forgotten = asyncio.run(remove())
     for agent in forgotten:
@@ -128,11 +128,11 @@ def drain(
     It stays so, also when it is started anew, until `chiffon fleet undrain`.
     """
     seconds = None if deadline is None else _seconds(deadline)
-    found = _changed_agent(agent, lambda registry: registry.drain(agent, reason, seconds))
+    found = _changed_agent(agent, lambda registry: registry.agents.drain(agent, reason, seconds))
     note(f"{found.hostname or agent} is drained")
-    held = found.model_dump(mode="json")["held"]
-    show_many(held, HELD, output)
-    if not held:
+    reserved = found.model_dump(mode="json")["reserved"]
+    show_many(reserved, RESERVED, output)
+    if not reserved:
         note("nothing is reserved on it")
     elif found.drain_deadline is not None:
         note(f"what is left at {found.drain_deadline.isoformat(timespec='seconds')} is ended")
@@ -141,7 +141,7 @@ def drain(
 @app.command()
 def undrain(agent: Annotated[UUID, typer.Argument(help="The agent's id.")]) -> None:
     """Offer an agent again."""
-    found = _changed_agent(agent, lambda registry: registry.undrain(agent))
+    found = _changed_agent(agent, lambda registry: registry.agents.undrain(agent))
     note(f"{found.hostname or agent} is offered again")
 
 
@@ -150,8 +150,8 @@ def _changed_agent(
 ) -> "Agent":
     import asyncio
 
+    from chiffon.capacity.fleet import Agent
     from chiffon.errors import AgentNotFoundError
-    from chiffon.fleet import Agent
 
     async def run() -> Agent:
         async with _registry() as registry:
@@ -185,8 +185,8 @@ def watch(
 
     On a terminal the table is redrawn, below the fleet in numbers. Elsewhere, and with -o jsonl,
     each agent is printed once and again whenever it has changed. With --events it is what the
-    orchestrators tell over AMQP: agents that come, go or become busy, and why; pools of which most
-    fell silent.
+    orchestrators publish: agents that come, go or become busy, and why; pools of which most
+    became silent.
     """
     import asyncio
 
@@ -213,8 +213,8 @@ def watch(
 def _follow_events(output: Format | None) -> None:
     import asyncio
 
+    from chiffon.planner.events import following
     from chiffon.settings import load
-    from chiffon.watcher import following
 
     async def run() -> None:
         url = load().amqp_url.get_secret_value()
@@ -248,7 +248,7 @@ async def _looks(
     """Yield the fleet again and again; while the database is away, what is wrong with it."""
     import asyncio
 
-    from chiffon.capacity import OrchestratorService
+    from chiffon.capacity.service import OrchestratorService
     from chiffon.errors import RegistryRefused, RegistryUnavailable
 
     while True:
@@ -307,7 +307,9 @@ def headline(fleet: "Fleet", seconds: float, trouble: str) -> str:
     words = [", ".join(counts)]
     if fleet.degraded:
         pools = (
-            f": most of {', '.join(fleet.frozen_pools)} fell silent" if fleet.frozen_pools else ""
+            f": most of {', '.join(fleet.pools_in_outage)} became silent"
+            if fleet.pools_in_outage
+            else ""
         )
         words.append(f"degraded{pools}")
     if trouble:
@@ -346,7 +348,7 @@ def _changed(agents: list[Data], seen: dict[str, tuple[Any, ...]]) -> Iterator[D
 
 
 def _registry() -> Any:
-    from chiffon.registry import Registry
+    from chiffon.registry.registry import Registry
     from chiffon.settings import load
 
     return Registry.open(load().database_url.get_secret_value())
@@ -355,7 +357,7 @@ def _registry() -> Any:
 async def _agents(
     registry: "Registry", status: str | None, pool_name: str | None, agent_type: str | None
 ) -> list[Data]:
-    from chiffon.fleet import Agent
+    from chiffon.capacity.fleet import Agent
 
-    rows = await registry.list_agents(status, pool_name, agent_type)
+    rows = await registry.agents.list(status, pool_name, agent_type)
     return [Agent.of(row).model_dump(mode="json") for row in rows]

@@ -26,7 +26,7 @@ def run(
     """Serve until SIGTERM or Ctrl-C. Nobody is asked who they are: mind where it listens."""
     import asyncio
 
-    from chiffon.gateway import run as serve
+    from chiffon.gateway.process import run as serve
     from chiffon.logs import configure
     from chiffon.settings import load
 

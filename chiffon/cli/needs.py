@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
-    from chiffon.planner import PlannerClient
+    from chiffon.planner.client import PlannerClient
 
 Answer = TypeVar("Answer")
 Question = TypeVar("Question", bound="BaseModel")
@@ -44,7 +44,7 @@ def question(kind: "type[Question]", **given: Any) -> "Question":
     """
     from pydantic import ValidationError
 
-    from chiffon.encoding import first_problem
+    from chiffon.contract.codec import first_problem
 
     if given.get("agent_type") == "any":
         given["agent_type"] = None
@@ -71,7 +71,7 @@ def ask(
     """
     import asyncio
 
-    from chiffon.planner import PlannerClient
+    from chiffon.planner.client import PlannerClient
     from chiffon.settings import load
 
     settings = load(rpc_timeout_seconds=timeout)

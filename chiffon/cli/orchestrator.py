@@ -32,7 +32,7 @@ def run(
     import asyncio
 
     from chiffon.logs import configure
-    from chiffon.orchestrator import run as serve
+    from chiffon.orchestrator.process import run as serve
     from chiffon.settings import load
 
     settings = load(

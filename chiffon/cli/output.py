@@ -65,7 +65,7 @@ def emit(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Tell a person something that is not part of the answer."""
+    """Print something for people that is not part of the answer."""
     print(text, file=sys.stderr, flush=True)
 
 

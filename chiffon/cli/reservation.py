@@ -1,4 +1,4 @@
-"""``chiffon reservation``: what is held, over AMQP, as a planner asks."""
+"""``chiffon reservation``: what is reserved, over AMQP, as a planner asks."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -38,7 +38,7 @@ def list_reservations(
     output: FormatOption = None,
 ) -> None:
     """List reservations, newest first. Those that are over are known for a day."""
-    from chiffon.messages import ReservationList
+    from chiffon.contract.messages import ReservationList
 
     wanted = question(
         ReservationList,
@@ -74,7 +74,7 @@ def renew(
     output: FormatOption = None,
 ) -> None:
     """Let its lease begin anew. Exit code 3 if it is over."""
-    from chiffon.messages import ReservationRenew
+    from chiffon.contract.messages import ReservationRenew
 
     request = question(
         ReservationRenew, reservation_id=reservation, fence=fence, lease_seconds=lease_seconds
@@ -91,7 +91,7 @@ def release(
     output: FormatOption = None,
 ) -> None:
     """Give its room back. Exit code 3 if it is over otherwise."""
-    from chiffon.messages import ReservationRelease
+    from chiffon.contract.messages import ReservationRelease
 
     request = question(ReservationRelease, reservation_id=reservation, fence=fence)
     found = ask(lambda planner, seconds: planner.release(request, timeout=seconds), timeout)

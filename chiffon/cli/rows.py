@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from chiffon.cli.output import Column, Row, age, gigabytes, plain
 
 if TYPE_CHECKING:
-    from chiffon.agent import Preview
-    from chiffon.messages import Gpu
+    from chiffon.agent.preview import Preview
+    from chiffon.contract.messages import Gpu
 
 
 def heartbeat_rows(
@@ -187,7 +187,7 @@ RESERVATIONS = [
     Column("RESERVATION", lambda row: str(row["reservation_id"])),
 ]
 
-HELD = [
+RESERVED = [
     Column("VRAM", lambda row: _gpus({"places": [row], "gpu_vram_gb": _each(row)}), True),
     Column("CORES", lambda row: plain(row["cpu_cores"]), is_number=True),
     Column("MEMORY", lambda row: gigabytes(row["memory_gb"]), is_number=True),

@@ -29,6 +29,6 @@ def jsonschema() -> None:
     """Print the JSON Schema of every message."""
     import json
 
-    from chiffon.encoding import json_schema
+    from chiffon.contract.codec import json_schema
 
     emit(json.dumps(json_schema(), indent=2))

@@ -35,7 +35,7 @@ def simulate(
         float, typer.Option(min=0.0, max=1e6, help="How far clocks are off, either way.")
     ] = 30.0,
     silent: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of agents that fall silent half-way.")
+        float, typer.Option(min=0.0, max=1.0, help="Share of agents that become silent half-way.")
     ] = 0.1,
     churn: Annotated[
         float,
@@ -53,7 +53,7 @@ def simulate(
     import asyncio
 
     from chiffon.settings import load
-    from chiffon.simulate import Plan, run
+    from chiffon.simulate.simulation import Plan, run
 
     plan = Plan(
         agents=agents,

@@ -42,8 +42,8 @@ def up(
 
 
 def _show(made: "Up", output: Format | None, once: bool) -> None:
+    from chiffon.capacity.fleet import Agent
     from chiffon.errors import masked
-    from chiffon.fleet import Agent
 
     agents = [Agent.of(row).model_dump(mode="json") for row in made.agents]
     offers = made.offers.model_dump(mode="json")

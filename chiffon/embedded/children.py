@@ -1,7 +1,7 @@
 """Child processes that end with us, whatever ends us.
 
 The kernel sends a child its death signal when the thread that started it ends
-(``PR_SET_PDEATHSIG``, see prctl(2)), also when that was by SIGKILL. Children have a session of
+(``PR_SET_PDEATHSIG``, see prctl(2)), also when that was by SIGKILL. Children have a connection of
 their own, so Ctrl-C in the terminal reaches only us and we can stop them in order.
 """
 

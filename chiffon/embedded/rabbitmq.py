@@ -11,14 +11,15 @@ import secrets
 import shutil
 import signal
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
+from chiffon.amqp.connection import dial
 from chiffon.embedded.children import Child, free_port
 from chiffon.errors import BadConfiguration, BusRefused, BusUnavailable
-from chiffon.session import dial
 
 START_SECONDS = 90.0
 STOP_SECONDS = 20.0
@@ -86,12 +87,20 @@ def _version(path: Path) -> tuple[int, ...]:
 
 
 @asynccontextmanager
-async def run(state: Path, *, stop_gently: bool = True) -> AsyncIterator[RabbitMQ]:
+async def run(
+    state: Path,
+    *,
+    stop_gently: bool = True,
+    plugins: Sequence[str] = (),
+    settings: Mapping[str, str] = MappingProxyType({}),
+) -> AsyncIterator[RabbitMQ]:
     """Run a broker for as long as the context is open; its data stays in ``state``.
 
     Args:
         state: The state folder. Data is kept per version, which another may not read.
         stop_gently: Whether to let it shut down in order (about 6 s).
+        plugins: More of them to enable.
+        settings: More lines of ``rabbitmq.conf``, by name.
 
     Raises:
         BadConfiguration: RabbitMQ is not installed.
@@ -106,7 +115,9 @@ async def run(state: Path, *, stop_gently: bool = True) -> AsyncIterator[RabbitM
     password = kept_secret(folder / "password")
     amqp_port, management_port = free_port(), free_port()
     environment = _environment(folder, amqp_port)
-    _write_configuration(folder, amqp_port, management_port, password)
+    _write_configuration(
+        folder, amqp_port, management_port, password, (*PLUGINS, *plugins), settings
+    )
     log = folder / "console.log"
     # epmd, Erlang's name server, would otherwise be left behind as a daemon.
     epmd = await Child.start(
@@ -195,7 +206,14 @@ def _environment(folder: Path, amqp_port: int) -> dict[str, str]:
     }
 
 
-def _write_configuration(folder: Path, amqp_port: int, management_port: int, password: str) -> None:
+def _write_configuration(
+    folder: Path,
+    amqp_port: int,
+    management_port: int,
+    password: str,
+    plugins: Sequence[str],
+    more: Mapping[str, str],
+) -> None:
     settings = {
         "listeners.tcp.local": f"127.0.0.1:{amqp_port}",
         "management.tcp.ip": "127.0.0.1",
@@ -207,11 +225,12 @@ def _write_configuration(folder: Path, amqp_port: int, management_port: int, pas
         "log.file.level": "warning",
         # The management UI shows a new connection within 1 s instead of 5.
         "collect_statistics_interval": "1000",
+        **more,
     }
     configuration = folder / "rabbitmq.conf"
     configuration.touch(mode=0o600)
     configuration.write_text("".join(f"{name} = {value}\n" for name, value in settings.items()))
-    (folder / "enabled_plugins").write_text(f"[{','.join(PLUGINS)}].\n")
+    (folder / "enabled_plugins").write_text(f"[{','.join(plugins)}].\n")
 
 
 def _epmd_program() -> str:

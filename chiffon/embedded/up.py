@@ -21,14 +21,16 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.request import ProxyHandler, build_opener
 
-from chiffon import identity, migrations
+from chiffon.agent import identity
+from chiffon.contract.messages import MAX_OFFERS, CapacityOffers, CapacityQuery
 from chiffon.embedded import postgres, rabbitmq
 from chiffon.embedded.children import Child
 from chiffon.errors import AlreadyUp, BadConfiguration, ChiffonError, ChildFailed
-from chiffon.messages import MAX_OFFERS, CapacityOffers, CapacityQuery
-from chiffon.planner import PlannerClient
+from chiffon.planner.client import PlannerClient
 from chiffon.process import stopped_by
-from chiffon.registry import AgentRow, Registry
+from chiffon.registry import migrations
+from chiffon.registry.registry import Registry
+from chiffon.registry.rows import AgentRow
 from chiffon.settings import PREFIX, UP_FILE, UP_LOCK, Settings
 
 START_SECONDS = 60.0
@@ -63,7 +65,7 @@ async def run(settings: Settings, *, progress: Progress, ready: Ready, once: boo
 
     Args:
         settings: A broker or database that the environment names is used as it is.
-        progress: Told in one line what is going on.
+        progress: Prints in one line what is going on.
         ready: Called once, when the system has shown that it works.
         once: Stop then, instead of waiting for a signal.
 
@@ -284,7 +286,7 @@ async def _proof(folder: Path, urls: dict[str, str], processes: list[_Process]) 
                 elif not await asyncio.to_thread(_is_ready, urls["http_url"]):
                     missing = "a gateway that is ready"
                 else:
-                    agents = await registry.list_agents()
+                    agents = await registry.agents.list()
                     return Up(agents=agents, offers=offers, urls=urls)
             except ChiffonError as error:
                 missing = f"a capacity answer: {error}"

@@ -6,12 +6,9 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from chiffon.capacity import OrchestratorService
-from chiffon.fleet import Agent, AgentPage, Fleet
-from chiffon.gateway import examples
-from chiffon.gateway.history import History, Reading
-from chiffon.gateway.problems import ProblemError, documented
-from chiffon.messages import (
+from chiffon.capacity.fleet import Agent, AgentPage, Fleet
+from chiffon.capacity.service import OrchestratorService
+from chiffon.contract.messages import (
     MAX_OFFERS,
     AgentCapacity,
     AgentStatus,
@@ -21,6 +18,9 @@ from chiffon.messages import (
     Explanation,
     Offer,
 )
+from chiffon.gateway import examples
+from chiffon.gateway.history import History, Reading
+from chiffon.gateway.problems import ProblemError, documented
 
 AgentId = Annotated[
     UUID,

@@ -13,16 +13,16 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chiffon import __version__
-from chiffon.capacity import OrchestratorService
-from chiffon.encoding import MAX_MESSAGE_BYTES
+from chiffon.capacity.reservations import ReservationService
+from chiffon.capacity.service import OrchestratorService
+from chiffon.contract.codec import MAX_MESSAGE_BYTES
 from chiffon.gateway import api, operations, pages, problems, reservations
 from chiffon.gateway.history import History
 from chiffon.gateway.live import Live
-from chiffon.health import Checks
-from chiffon.metrics import SECONDS, Read
-from chiffon.reservations import ReservationService
+from chiffon.observability.health import Checks
+from chiffon.observability.metrics import SECONDS, Read
 
-AT_ONCE = 64
+REQUESTS_AT_ONCE = 64
 """API requests in work at a time: the others are told to come back."""
 
 REQUESTS = Counter(
@@ -149,7 +149,7 @@ class _Manners:
                     "invalid_request",
                     f"the body must say its length, {MAX_MESSAGE_BYTES} bytes at most",
                 )
-        if is_api and self._in_work >= AT_ONCE:
+        if is_api and self._in_work >= REQUESTS_AT_ONCE:
             return problems.answer(
                 503, "unavailable", "too many requests at once", {"Retry-After": "1"}
             )

@@ -87,7 +87,7 @@ AGENT: dict[str, Any] = {
         ],
         "probe_errors": [],
     },
-    "held": [
+    "reserved": [
         {
             "reservation_id": RESERVATION_ID,
             "fence": 7,
@@ -96,7 +96,7 @@ AGENT: dict[str, Any] = {
             "memory_gb": 8.0,
         }
     ],
-    "left": {
+    "available": {
         "gpu_vram_gb": 8.5,
         "single_gpu_vram_gb": 8.5,
         "cpu_cores": 10,
@@ -134,7 +134,7 @@ RESERVATION: dict[str, Any] = {
 FLEET: dict[str, Any] = {
     "as_of": "2026-01-01T00:00:02Z",
     "degraded": False,
-    "frozen_pools": [],
+    "pools_in_outage": [],
     "online": 11,
     "busy": 1,
     "offline": 2,

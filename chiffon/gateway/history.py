@@ -8,8 +8,8 @@ from uuid import UUID
 
 from pydantic import BaseModel
 
-from chiffon.capacity import describe
-from chiffon.registry import AgentRow
+from chiffon.capacity.service import describe
+from chiffon.registry.rows import AgentRow
 
 MOST_READINGS = 120
 """Of each agent: ten minutes at the usual interval of 5 s. Agents that speak more often than the

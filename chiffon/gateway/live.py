@@ -14,10 +14,11 @@ from uuid import UUID
 
 from pydantic_core import to_json
 
+from chiffon.capacity.fleet import Fleet
 from chiffon.errors import RegistryUnavailable
-from chiffon.fleet import Fleet
 from chiffon.gateway.history import History
-from chiffon.registry import AgentRow, Registry
+from chiffon.registry.registry import Registry
+from chiffon.registry.rows import AgentRow
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +37,11 @@ AT_ONCE_AGENTS = 200
 
 
 class Live:
-    """Looks at the registry again and again, and tells followers what changed.
+    """Looks at the registry again and again, and sends followers what changed.
 
     Args:
         registry: Where the fleet is.
-        history: Told of every row that is read.
+        history: Notes every row that is read.
     """
 
     def __init__(self, registry: Registry, history: History) -> None:
@@ -62,7 +63,7 @@ class Live:
         return len(self._followers)
 
     async def run(self) -> None:
-        """Look until cancelled; a database that is away is told to followers and waited for."""
+        """Look until cancelled; followers learn that the database is away."""
         while True:
             began = time.monotonic()
             try:
@@ -114,11 +115,11 @@ class Live:
 
     async def _look(self) -> None:
         began = time.monotonic()
-        versions = await self._registry.versions()
+        versions = await self._registry.agents.versions()
         # In a thread, and rows some at a time: who asks a question meanwhile must not wait for all.
         gone, changed = await asyncio.to_thread(_compared, self._versions, versions)
         for start in range(0, len(changed), AT_ONCE_AGENTS):
-            rows = await self._registry.show_many(changed[start : start + AT_ONCE_AGENTS])
+            rows = await self._registry.agents.show_many(changed[start : start + AT_ONCE_AGENTS])
             read = time.monotonic()
             self._history.note(rows)
             part = {row.agent_id: _compact(row, read) for row in rows}
@@ -126,7 +127,7 @@ class Live:
             self._rows.update(part)
             self._untold.update(part)
             self._versions.update((agent_id, versions[agent_id]) for agent_id in part)
-        summary = Fleet.of(await self._registry.summary()).model_dump(mode="json")
+        summary = Fleet.of(await self._registry.agents.summary()).model_dump(mode="json")
         self._history.forget(gone)
         for agent_id in gone:
             self._rows.pop(agent_id, None)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from chiffon import health, metrics
-from chiffon.exposition import Page
-from chiffon.health import Checks
-from chiffon.metrics import Read
+from chiffon.observability import health, metrics
+from chiffon.observability.health import Checks
+from chiffon.observability.http import Page
+from chiffon.observability.metrics import Read
 
 
 def router(checks: Checks, reads: Sequence[Read]) -> APIRouter:

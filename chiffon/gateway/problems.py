@@ -1,7 +1,7 @@
 """Errors as HTTP answers: what happened, in one body for all of them (RFC 9457).
 
-The one table that maps chiffon's exceptions to statuses. An answer never holds a stack trace, nor
-what was asked.
+Statuses of the contract's codes are those of ``errors.CODES``. An answer never holds a stack trace,
+nor what was asked.
 """
 
 import logging
@@ -14,7 +14,13 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from chiffon.errors import AgentNotFoundError, BadMessage, CapacityRefused, RegistryUnavailable
+from chiffon.errors import (
+    CODES,
+    AgentNotFoundError,
+    BadMessage,
+    CapacityRefused,
+    RegistryUnavailable,
+)
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +30,7 @@ RETRY_AFTER_SECONDS = 2
 class Problem(BaseModel):
     """What went wrong. ``code`` is for programs, ``detail`` for people.
 
-    ``details`` tells programs more, where there is more: why nobody has the room, say.
+    ``details`` has more for programs, where there is more: why nobody has the room, say.
     """
 
     title: str
@@ -58,7 +64,7 @@ def answer(
     headers: dict[str, str] | None = None,
     details: dict[str, Any] | None = None,
 ) -> JSONResponse:
-    """Return the answer that tells of a problem."""
+    """Return the answer that reports a problem."""
     problem = Problem(
         title=HTTPStatus(status).phrase, status=status, detail=detail, code=code, details=details
     ).model_dump()
@@ -138,12 +144,9 @@ def _of_bad_request(_: Request, error: Exception) -> JSONResponse:
     return answer(400, "invalid_request", str(error))
 
 
-_STATUSES = {"reservation_not_found": 404, "unavailable": 503}
-
-
 def _of_refusal(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, CapacityRefused)
-    status = _STATUSES.get(error.code, 409)
+    status = CODES[error.code].http_status
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else None
     return answer(status, error.code, error.message, headers, error.details)
 
@@ -156,13 +159,13 @@ def _of_registry(_: Request, error: Exception) -> JSONResponse:
 def _of_validation(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    place = ".".join(str(word) for word in first["loc"][1:])
-    if place == "reservation_id" and first["loc"][0] == "path":
+    field = ".".join(str(word) for word in first["loc"][1:])
+    if field == "reservation_id" and first["loc"][0] == "path":
         return answer(400, "invalid_request", "Invalid reservation_id format (must be UUID)")
-    if place == "agent_id" and first["loc"][0] == "path":
+    if field == "agent_id" and first["loc"][0] == "path":
         return answer(400, "invalid_request", "Invalid agent_id format (must be UUID)")
     problem = "unknown parameter" if first["type"] == "extra_forbidden" else first["msg"]
-    return answer(400, "invalid_request", f"{place[:64]}: {problem}")
+    return answer(400, "invalid_request", f"{field[:64]}: {problem}")
 
 
 def _methods(request: Request) -> str | None:

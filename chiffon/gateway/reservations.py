@@ -6,9 +6,9 @@ from uuid import UUID
 from fastapi import APIRouter, Path, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from chiffon.gateway import examples
-from chiffon.gateway.problems import documented
-from chiffon.messages import (
+from chiffon.capacity.reservations import ReservationService
+from chiffon.contract.fields import Name
+from chiffon.contract.messages import (
     MAX_OFFERS,
     CapacityReserve,
     Reservation,
@@ -18,8 +18,9 @@ from chiffon.messages import (
     Reservations,
     ReservationState,
 )
-from chiffon.messages.fields import Name
-from chiffon.reservations import ReservationService
+from chiffon.contract.reservation import Fence, LeaseSeconds
+from chiffon.gateway import examples
+from chiffon.gateway.problems import documented
 
 ReservationId = Annotated[
     UUID,
@@ -43,8 +44,8 @@ class Renewal(BaseModel):
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
-    fence: int | None = Field(None, ge=1, description="Must be its own, if given.")
-    lease_seconds: float | None = Field(None, ge=1, le=86_400, description="Default: as before.")
+    fence: Fence | None = Field(None, description="Must be its own, if given.")
+    lease_seconds: LeaseSeconds | None = Field(None, description="Default: as before.")
 
 
 class Release(BaseModel):
@@ -52,7 +53,7 @@ class Release(BaseModel):
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
-    fence: int | None = Field(None, ge=1, description="Must be its own, if given.")
+    fence: Fence | None = Field(None, description="Must be its own, if given.")
 
 
 def router(service: ReservationService) -> APIRouter:
@@ -75,10 +76,10 @@ def router(service: ReservationService) -> APIRouter:
         409 `insufficient_capacity` says in `details` who is full and why, and what would fit,
         unless that takes more than 2 s to find out.
         """
-        claim = await service.claim(request)
-        if claim.asked > 1:
+        made = await service.reserve_counting(request)
+        if made.requests > 1:
             response.status_code = 200
-        return claim.reservation
+        return made.reservation
 
     @api.get(
         "",

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from chiffon.contract.messages import Gpu
 from chiffon.errors import ProbeError
-from chiffon.messages import Gpu
 from chiffon.probes.pci import CardProbe, pci_name
 from chiffon.probes.sample import number, text, to_gb
 

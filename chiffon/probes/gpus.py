@@ -8,7 +8,7 @@ cards of one vendor, and a sum over several would promise what no job can take. 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from chiffon.messages import Gpu
+from chiffon.contract.messages import Gpu
 from chiffon.probes.operator import OperatorWord
 from chiffon.probes.sample import GpuSample, Reading, printable
 from chiffon.probes.sampler import Taken

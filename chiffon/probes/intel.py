@@ -9,7 +9,7 @@ mainline tells neither. Integrated GPUs share the host's memory; they sit at the
 
 from pathlib import Path
 
-from chiffon.messages import Gpu
+from chiffon.contract.messages import Gpu
 from chiffon.probes.pci import CardProbe, pci_name
 from chiffon.probes.sample import number, to_gb
 

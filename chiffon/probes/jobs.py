@@ -18,8 +18,8 @@ from uuid import UUID
 
 import psutil
 
+from chiffon.contract.messages import Gpu, Observed, ObservedGpu
 from chiffon.errors import BadConfiguration
-from chiffon.messages import Gpu, Observed, ObservedGpu
 from chiffon.probes.sample import to_gb
 
 log = logging.getLogger(__name__)

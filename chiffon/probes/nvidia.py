@@ -19,8 +19,8 @@ from typing import Any
 
 import psutil
 
+from chiffon.contract.messages import Gpu
 from chiffon.errors import ProbeError
-from chiffon.messages import Gpu
 from chiffon.probes.pci import Displays
 from chiffon.probes.sample import GpuSample, printable, to_gb
 

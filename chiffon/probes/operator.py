@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from chiffon.messages import Kept
+from chiffon.contract.messages import Kept
 
 
 @dataclass(frozen=True, kw_only=True)

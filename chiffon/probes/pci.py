@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from chiffon.contract.messages import Gpu
 from chiffon.errors import ProbeError
-from chiffon.messages import Gpu
 from chiffon.probes.sample import GpuSample, number, text
 
 LOOK_AGAIN_SECONDS = 60.0

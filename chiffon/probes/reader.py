@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from chiffon.messages import Observed, ResourceMetrics
+from chiffon.contract.messages import Observed, ResourceMetrics
 from chiffon.probes import amd, intel, memory
 from chiffon.probes.cpu import CpuProbe
 from chiffon.probes.gpus import GpuReadings, combine

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from chiffon.contract.messages import Gpu
 from chiffon.errors import ProbeError
-from chiffon.messages import Gpu
 
 GIB = 2**30
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from chiffon.messages import Gpu
+from chiffon.contract.messages import Gpu
 from chiffon.probes.sample import GpuSample, printable
 
 HUNG_SECONDS = 15.0

@@ -10,10 +10,10 @@ from random import Random
 from uuid import UUID
 
 from chiffon import __version__
-from chiffon.bus import Publisher, publish_heartbeat
+from chiffon.amqp.publisher import Publisher, publish_heartbeat
+from chiffon.amqp.supervised import SupervisedConnection
+from chiffon.contract.messages import AgentStatus, StatusUpdate
 from chiffon.errors import BusUnavailable
-from chiffon.link import Link
-from chiffon.messages import AgentStatus, StatusUpdate
 from chiffon.simulate.model import Expected
 from chiffon.simulate.profiles import Host, profile_for
 
@@ -40,7 +40,7 @@ class Plan:
         duplicates: Share that arrive twice.
         reordering: Share that arrive after their successor.
         skew_seconds: How far clocks are off, at most, either way.
-        silent: Share of agents that fall silent half-way.
+        silent: Share of agents that become silent half-way.
         churn: Share of agents that stop and start again, per minute.
         seed: The same seed: the same agents with the same fates.
     """
@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def pool_name(self) -> str:
-        """The pool of its agents, so that they can be told from others."""
+        """The pool of its agents, so that they can be distinguished from others."""
         return f"simulated-{self.seed}"
 
 
@@ -78,22 +78,28 @@ class Agent:
     It never loses or delays two heartbeats in a row, so nothing but silence makes it silent.
 
     Args:
-        number: Its place in the fleet.
+        number: Its number in the fleet.
         plan: What befalls it, and how often.
-        line: The connection that it shares with others.
+        shared: The connection that it shares with others.
         tally: Where to count what happened.
-        falls_silent: Whether it is one of those.
+        becomes_silent: Whether it is one of those.
     """
 
     def __init__(
-        self, number: int, plan: Plan, line: "Line", tally: Counter[str], *, falls_silent: bool
+        self,
+        number: int,
+        plan: Plan,
+        shared: "SharedConnection",
+        tally: Counter[str],
+        *,
+        becomes_silent: bool,
     ) -> None:
         self._chance = Random(f"{plan.seed}/{number}")
         self.agent_id = agent_id(plan, number)
         self._plan = plan
-        self._line = line
+        self._shared = shared
         self._tally = tally
-        self._falls_silent = falls_silent
+        self._becomes_silent = becomes_silent
         self._profile = profile_for(self._chance)
         self._hostname = f"{self._profile.name}-{number}"
         self._host = Host(f"{number}", self._profile, self._chance)
@@ -108,7 +114,7 @@ class Agent:
 
     async def live(self, schedule: Schedule) -> None:
         """Speak until the end, until its silence, or until it leaves for good."""
-        ends = schedule.silence if self._falls_silent else schedule.ends
+        ends = schedule.silence if self._becomes_silent else schedule.ends
         self._start()
         earlier = self._compose()
         await _sleep_until(schedule.begins + self._chance.random() * self._plan.interval_seconds)
@@ -117,7 +123,7 @@ class Agent:
             # What befell it at the very end would still be on its way when all is compared.
             is_last = left < 4 * self._plan.interval_seconds
             await (self._send(self._compose()) if is_last else self._beat())
-            # As a real agent does, with a fresh reading as soon as there is a line again.
+            # As a real agent does, with a fresh reading as soon as it is connected again.
             await asyncio.sleep(self._pause() if self._last_confirmed else RETRY_SECONDS)
             if not is_last and self._leaves():
                 leaves_for_good = await self._leave()
@@ -125,10 +131,10 @@ class Agent:
             await asyncio.wait(self._later)
         if not leaves_for_good:
             await self._say_surely("busy" if self._chance.random() < BUSY_SHARE else "online")
-        if self._falls_silent and not leaves_for_good:
+        if self._becomes_silent and not leaves_for_good:
             self.expected.is_silent = True
             self._tally["silent"] += 1
-        if self._falls_silent or leaves_for_good:
+        if self._becomes_silent or leaves_for_good:
             # A heartbeat from before that comes late does not raise the dead.
             await _sleep_until(schedule.ends)
             await self._send(earlier)
@@ -186,7 +192,7 @@ class Agent:
     async def _send(self, update: StatusUpdate) -> bool:
         # One at a time, so that the order of the confirms is that of the queue.
         async with self._speaking:
-            self._last_confirmed = await self._line.publish(update)
+            self._last_confirmed = await self._shared.publish(update)
             if self._last_confirmed:
                 self.expected.confirm(update)
         self._tally["confirmed" if self._last_confirmed else "not confirmed"] += 1
@@ -220,16 +226,16 @@ class Agent:
         return False
 
 
-class Line:
+class SharedConnection:
     """A connection that many simulated agents share.
 
     Args:
-        link: The connection.
+        supervised: The connection.
     """
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
-        self._publisher = Publisher(link)
+    def __init__(self, supervised: SupervisedConnection) -> None:
+        self._supervised = supervised
+        self._publisher = Publisher(supervised)
 
     async def publish(self, update: StatusUpdate) -> bool:
         """Publish a heartbeat; returns whether the broker confirmed it."""
@@ -237,7 +243,7 @@ class Line:
             await publish_heartbeat(self._publisher, update)
         except BusUnavailable:
             return False
-        self._link.works()
+        self._supervised.reset_back_off()
         return True
 
 

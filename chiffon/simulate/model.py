@@ -9,8 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
-from chiffon.messages import CapacityOffers, CapacityQuery, Offer, ResourceMetrics, StatusUpdate
-from chiffon.registry import AgentRow
+from chiffon.contract.messages import (
+    CapacityOffers,
+    CapacityQuery,
+    Offer,
+    ResourceMetrics,
+    StatusUpdate,
+)
+from chiffon.registry.rows import AgentRow
 
 RECENT = 3
 
@@ -19,7 +25,7 @@ RECENT = 3
 class Expected:
     """One agent as the registry must have it.
 
-    ``skew_seconds``: by how much its clock is ahead. ``is_silent``: it fell silent for good.
+    ``skew_seconds``: by how much its clock is ahead. ``is_silent``: it became silent for good.
     ``farewells``: how often it said that it stops.
     """
 
@@ -60,7 +66,7 @@ def of_rows(
     Args:
         fleet: What must be there.
         rows: What is there.
-        is_outage: Whether so many fell silent that nobody may be marked offline for it.
+        is_outage: Whether so many became silent that nobody may be marked offline for it.
     """
     found = {row.agent_id: row for row in rows}
     for one in fleet:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from chiffon.messages import AgentType, Gpu, ResourceMetrics
+from chiffon.contract.messages import AgentType, Gpu, ResourceMetrics
 
 STEP = 0.05
 """By how much of the whole a reading moves between two heartbeats, at most."""

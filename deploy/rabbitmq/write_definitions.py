@@ -10,7 +10,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from chiffon.topology import definitions
+from chiffon.contract.topology import definitions
 
 VHOST = USER = "chiffon"
 LOCAL_PASSWORD = "chiffon"

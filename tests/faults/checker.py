@@ -18,8 +18,8 @@ class Report:
     ``lost``: agents whose newest confirmed heartbeat is not in the registry. ``backward``: steps
     of a row to an older heartbeat. ``false_offlines``: of agents that kept speaking.
     ``resurrections``: of ghosts. ``doubled``: transitions that were made twice. ``late``:
-    questions that ended after their deadline. ``cut_off``: agents that the fault kept from
-    dialling, and that were rightly offline. ``reasons``: of all that were marked.
+    questions that ended after their deadline. ``outlasted``: agents that the fault kept from
+    dialling for longer than their lease, rightly offline. ``reasons``: of all that were marked.
     """
 
     beats: int = 0
@@ -30,7 +30,7 @@ class Report:
     doubled: int = 0
     late: int = 0
     marked: int = 0
-    cut_off: int = 0
+    outlasted: int = 0
     answered: int = 0
     refused: int = 0
     recovery_seconds: float = 0.0
@@ -49,16 +49,12 @@ class Report:
         )
 
 
-async def suffer(
-    lab: Lab, fault: Fault, *, cuts_lines: bool = False, outlasts_leases: bool = False
-) -> Report:
+async def suffer(lab: Lab, fault: Fault, *, outlasts_leases: bool = False) -> Report:
     """Let traffic run, inject a fault, heal it, and check what is left.
 
     Args:
         lab: The system.
         fault: Injects the fault, shows that it happened, and heals it, all before it returns.
-        cuts_lines: Whether it keeps agents from dialling again within 1.5 s: they are rightly
-            offline then, because their connection closed.
         outlasts_leases: Whether an agent that has to dial again then needs longer than its lease:
             it is rightly offline for its silence, too.
     """
@@ -90,9 +86,9 @@ async def suffer(
     changes = await lab.changes()
     offlines = [one for one in changes if one.is_marking]
     wrong = [one for one in offlines if one.agent_id in living]
-    rightly = ("connection closed",) * cuts_lines + ("missed",) * outlasts_leases
-    report.cut_off = sum(str(one.reason).startswith(rightly) for one in wrong)
-    report.false_offlines = len(wrong) - report.cut_off
+    rightly = ("missed",) * outlasts_leases
+    report.outlasted = sum(str(one.reason).startswith(rightly) for one in wrong)
+    report.false_offlines = len(wrong) - report.outlasted
     report.reasons = sorted({str(one.reason) for one in wrong})
     report.marked = len(offlines) - len(wrong)
     report.backward = sum(one.is_backward for one in changes)

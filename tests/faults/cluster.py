@@ -37,7 +37,9 @@ class Node:
             **rabbitmq._environment(folder, self.port),
             "ERL_EPMD_PORT": epmd_port,
         }
-        rabbitmq._write_configuration(folder, self.port, free_port(), secrets["password"])
+        rabbitmq._write_configuration(
+            folder, self.port, free_port(), secrets["password"], rabbitmq.PLUGINS, {}
+        )
         self.url = f"amqp://{rabbitmq.USER}:{secrets['password']}@127.0.0.1:{self.port}"
 
     async def start(self) -> Child:

@@ -98,7 +98,7 @@ _COLUMNS = {
     "TWICE": "doubled",
     "LATE": "late",
     "MARKED": "marked",
-    "CUT OFF": "cut_off",
+    "OUTLASTED": "outlasted",
     "ANSWERED": "answered",
     "REFUSED": "refused",
     "RECOVERY S": "recovery_seconds",

@@ -10,12 +10,12 @@ import signal
 import sys
 from typing import Any
 
-from chiffon import orchestrator
-from chiffon.bus import Publisher
+from chiffon.amqp.consumer import Consumer
+from chiffon.amqp.publisher import Publisher
+from chiffon.capacity.reservations import ReservationService
 from chiffon.cli import main
-from chiffon.consumer import Consumer
-from chiffon.registry import Registry
-from chiffon.reservations import ReservationService
+from chiffon.orchestrator import process as orchestrator
+from chiffon.registry.heartbeats import Heartbeats
 
 BATCHES = 3
 
@@ -59,13 +59,13 @@ class Answered(Publisher):
 
 if __name__ == "__main__":
     if sys.argv[1] == "before the commit":
-        die_in(Registry, "record", after=BATCHES)
+        die_in(Heartbeats, "record", after=BATCHES)
     elif sys.argv[1] == "between commit and acknowledgement":
         die_in(Consumer, "acknowledge", after=BATCHES)
-    elif sys.argv[1] == "before a claim":
-        die_in(ReservationService, "claim", after=BATCHES)
-    elif sys.argv[1] == "between claim and answer":
-        die_behind(ReservationService, "claim", after=BATCHES)
+    elif sys.argv[1] == "before a reservation":
+        die_in(ReservationService, "reserve_counting", after=BATCHES)
+    elif sys.argv[1] == "between reservation and answer":
+        die_behind(ReservationService, "reserve_counting", after=BATCHES)
     elif sys.argv[1] == "between answer and acknowledgement":
         orchestrator.Publisher = Answered  # type: ignore[attr-defined]
     elif sys.argv[1] == "before a release":

@@ -1,6 +1,6 @@
 """A whole system to break: servers of its own, two orchestrators, agents that never stop.
 
-Beside the agents there are ghosts, which said farewell or fell silent and must stay dead, and a
+Beside the agents there are ghosts, which said farewell or became silent and must stay dead, and a
 planner that asks all the time. What was confirmed is known, so it is known what must be there.
 """
 
@@ -22,22 +22,23 @@ from uuid import UUID, uuid4
 import aio_pika
 import asyncpg
 
-from chiffon import migrations
-from chiffon.agent import BaseAgent
+from chiffon import BaseAgent, PlannerClient
+from chiffon.amqp.connection import dial_any
+from chiffon.amqp.declare import declare
+from chiffon.amqp.url import hosts
+from chiffon.contract.codec import encode, routing_key
+from chiffon.contract.messages import CapacityQuery, StatusUpdate
 from chiffon.embedded import postgres, rabbitmq
 from chiffon.embedded.children import tie_to
-from chiffon.encoding import encode, routing_key
 from chiffon.errors import BusUnavailable, CapacityError
-from chiffon.messages import CapacityQuery, ResourceMetrics, StatusUpdate
-from chiffon.planner import PlannerClient
-from chiffon.provisioning import declare
-from chiffon.registry import asyncpg_url
-from chiffon.session import dial_any, hosts
+from chiffon.registry import migrations
+from chiffon.registry.pool import asyncpg_url
 from tests.faults import audit
 from tests.faults.server import Server, end
 from tests.fixtures import plain
 from tests.fixtures.heartbeats import update
 from tests.fixtures.proxy import Proxy
+from tests.fixtures.resources import FixedResources
 from tests.fixtures.waiting import until
 
 AGENTS = 40
@@ -64,16 +65,6 @@ class Agent(BaseAgent):
         await super()._publish(sent)
         self.confirmed = sent.order
         self.beats += 1
-
-
-class Resources:
-    """Readings that cost nothing: this is not about probes."""
-
-    def read(self) -> ResourceMetrics:
-        return ResourceMetrics(cpu_cores_available=4, gpu_type="none")
-
-    def close(self) -> None:
-        pass
 
 
 class Planner:
@@ -242,7 +233,7 @@ class Lab:
         return rate > LEAST_SHARE * len(self.agents) / self.interval_seconds
 
     async def bury(self) -> None:
-        """Let two more agents die: one says farewell, one falls silent."""
+        """Let two more agents die: one says farewell, one becomes silent."""
         for last_word in ("offline", "online"):
             ghost = update(uuid4(), pool_name="ghosts", interval_seconds=0.5, sequence=1)
             last = ghost.model_copy(update={"sequence": 2, "status": last_word})
@@ -286,14 +277,16 @@ async def inhabited(lab: AnyLab, agents_url: str) -> AsyncIterator[AnyLab]:
     async with AsyncExitStack() as stack:
         await migrations.upgrade(lab.database_url)
         await audit.install(lab.database_url)
-        session = await dial_any(lab.amqp_url, "lab declares")
-        await declare(session)
-        await session.close()
+        connection = await dial_any(lab.amqp_url, "lab declares")
+        await declare(connection)
+        await connection.close()
         stack.callback(lab.end)
         for _ in range(2):
             lab.start_orchestrator()
         for _ in range(lab.count):
-            agent = Agent(agents_url, interval_seconds=lab.interval_seconds, resources=Resources())
+            agent = Agent(
+                agents_url, interval_seconds=lab.interval_seconds, resources=FixedResources()
+            )
             lab.agents.append(await stack.enter_async_context(agent))
         await until(lab.is_whole, "every agent in the registry", 60)
         yield lab

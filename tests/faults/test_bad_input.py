@@ -2,7 +2,7 @@
 
 import pytest
 
-from chiffon.encoding import encode, routing_key
+from chiffon.contract.codec import encode, routing_key
 from tests.faults.conftest import Survives
 from tests.faults.lab import Lab
 from tests.fixtures import plain, raw
@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.asyncio(loop_scope="session")]
 POISON = [b"", b"null", b"{", b"[]" * 9, b"\xff\xfe{}", b'{"agent_id": NaN}', b"x" * 70_000]
 
 
+@pytest.mark.essential
 async def test_poison_bodies_and_properties_harm_nobody_else(lab: Lab, survives: Survives) -> None:
     async def fault() -> None:
         async def dead_letters() -> int:

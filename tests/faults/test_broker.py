@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from chiffon.session import dial
+from chiffon.amqp.connection import dial
 from tests.faults.conftest import Survives
 from tests.faults.lab import Lab
 from tests.fixtures.waiting import until
@@ -14,11 +14,11 @@ pytestmark = [pytest.mark.faults, pytest.mark.asyncio(loop_scope="session")]
 
 async def test_it_closes_every_connection(lab: Lab, survives: Survives) -> None:
     async def fault() -> None:
-        sessions = [agent._link.current for agent in lab.agents]
+        sessions = [agent._supervised.current for agent in lab.agents]
         await asyncio.to_thread(lab.rabbitmqctl, "close_all_connections", "-p", "chiffon", "a test")
 
         async def all_lost() -> bool:
-            return all(session is not None and session.lost.done() for session in sessions)
+            return all(connection is not None and connection.lost.done() for connection in sessions)
 
         await until(all_lost, "the fault: every connection lost")
 
@@ -36,7 +36,7 @@ async def test_it_is_stopped_and_started_in_order(lab: Lab, survives: Survives) 
     await survives(lab, "broker stopped for 4 s", fault)
 
 
-@pytest.mark.parametrize("seconds", [0, 10])
+@pytest.mark.parametrize("seconds", [pytest.param(0, marks=pytest.mark.essential), 10])
 async def test_it_is_killed_and_started_again(lab: Lab, survives: Survives, seconds: int) -> None:
     """10 s are two leases."""
 
@@ -78,8 +78,8 @@ async def test_an_alarm_blocks_publishers(
         await asyncio.to_thread(lab.rabbitmqctl, *alarm)
 
         async def is_blocked() -> bool:
-            sessions = [agent._link.current for agent in lab.agents]
-            return all(session is not None and session.is_blocked for session in sessions)
+            sessions = [agent._supervised.current for agent in lab.agents]
+            return all(connection is not None and connection.is_blocked for connection in sessions)
 
         await until(is_blocked, "the fault: every agent is told to wait")
         await asyncio.sleep(8)
@@ -90,14 +90,14 @@ async def test_an_alarm_blocks_publishers(
 
 async def test_the_binding_of_heartbeats_is_lost(lab: Lab, survives: Survives) -> None:
     async def fault() -> None:
-        session = await dial(lab.amqp_url, "unbinds")
-        channel = await session.channel(confirms=False)
+        connection = await dial(lab.amqp_url, "unbinds")
+        channel = await connection.channel(confirms=False)
         await channel.queue_unbind("chiffon.ingest", "chiffon.heartbeats", "heartbeat.#")
         before = lab.beats()
         await asyncio.sleep(8)
         assert lab.beats() - before < len(lab.agents), "heartbeats were still routed"
         await channel.queue_bind("chiffon.ingest", "chiffon.heartbeats", "heartbeat.#")
-        await session.close()
+        await connection.close()
 
     await survives(lab, "binding of heartbeats lost for 8 s", fault)
 
@@ -106,12 +106,12 @@ async def test_the_queue_of_heartbeats_is_deleted(lab: Lab, survives: Survives) 
     """Its consumers are told that it is over, and make it anew."""
 
     async def fault() -> None:
-        session = await dial(lab.amqp_url, "deletes")
-        channel = await session.channel(confirms=False)
+        connection = await dial(lab.amqp_url, "deletes")
+        channel = await connection.channel(confirms=False)
         for _ in range(3):
             deleted = await channel.queue_delete("chiffon.ingest")
             assert deleted.message_count is not None
             await asyncio.sleep(2)
-        await session.close()
+        await connection.close()
 
     await survives(lab, "queue of heartbeats deleted, three times", fault)

@@ -4,17 +4,13 @@ import asyncio
 
 import pytest
 
+from chiffon import PlannerClient
 from chiffon.errors import BusUnavailable, CapacityError
-from chiffon.planner import PlannerClient
 from tests.faults.cluster import ClusterLab
 from tests.faults.conftest import Survives
 from tests.fixtures.waiting import until
 
-pytestmark = [
-    pytest.mark.faults,
-    pytest.mark.asyncio(loop_scope="session"),
-    pytest.mark.xdist_group("cluster"),
-]
+pytestmark = [pytest.mark.faults, pytest.mark.asyncio(loop_scope="session")]
 
 
 async def test_the_leading_node_is_killed(cluster_lab: ClusterLab, survives: Survives) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from chiffon.registry import asyncpg_url
+from chiffon.registry.pool import asyncpg_url
 from tests.faults.conftest import Survives
 from tests.faults.lab import Lab
 
@@ -44,6 +44,7 @@ async def test_it_takes_no_connections(lab: Lab, survives: Survives) -> None:
     await survives(lab, "database takes no connections for 8 s", fault)
 
 
+@pytest.mark.essential
 async def test_it_is_killed_and_started_again(lab: Lab, survives: Survives) -> None:
     async def fault() -> None:
         lab.database.kill()
@@ -76,7 +77,7 @@ async def test_the_registry_is_locked(lab: Lab, survives: Survives) -> None:
     await survives(lab, "registry locked for 9 s", fault)
 
 
-@pytest.mark.skipif(not FAKETIME, reason="needs Debian's libfaketime")
+@pytest.mark.skipif(not FAKETIME, reason="there is no libfaketime: apt-get install libfaketime")
 async def test_its_clock_jumps(lab: Lab, survives: Survives) -> None:
     """An hour ahead, and back: nobody is offline, and nothing is stuck for an hour."""
 

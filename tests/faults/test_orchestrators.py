@@ -6,8 +6,8 @@ import signal
 import psutil
 import pytest
 
-from chiffon.encoding import encode
-from chiffon.messages import CapacityQuery
+from chiffon.contract.codec import encode
+from chiffon.contract.messages import CapacityQuery
 from tests.faults.conftest import Survives
 from tests.faults.lab import Lab, kill
 from tests.fixtures import plain
@@ -26,6 +26,7 @@ async def test_they_are_killed_and_others_take_over(lab: Lab, survives: Survives
     await survives(lab, "orchestrators killed (-9), three times", fault)
 
 
+@pytest.mark.essential
 @pytest.mark.parametrize("moment", ["before the commit", "between commit and acknowledgement"])
 async def test_one_dies_at_the_worst_moment(lab: Lab, survives: Survives, moment: str) -> None:
     async def fault() -> None:
@@ -72,6 +73,7 @@ async def test_one_is_asked_to_stop_under_load(lab: Lab, survives: Survives) -> 
     await survives(lab, "orchestrator stopped (TERM)", fault)
 
 
+@pytest.mark.essential
 async def test_planners_go_away_before_their_answers_come(lab: Lab, survives: Survives) -> None:
     async def ask_and_go(number: int) -> None:
         async with plain.channel(lab.amqp_url) as channel:

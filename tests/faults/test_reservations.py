@@ -10,15 +10,15 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
+from chiffon import PlannerClient
+from chiffon.contract.messages import CapacityReserve, Reservation, ReservationRelease
 from chiffon.errors import (
     BusUnavailable,
     CapacityError,
     CapacityRefused,
     InsufficientCapacity,
 )
-from chiffon.messages import CapacityReserve, Reservation, ReservationRelease
-from chiffon.planner import PlannerClient
-from chiffon.registry import asyncpg_url
+from chiffon.registry.pool import asyncpg_url
 from tests.faults.conftest import Survives
 from tests.faults.lab import Lab
 from tests.fixtures.rooms import broken
@@ -53,7 +53,7 @@ class Taker:
                     holder=self.holder, idempotency_key=uuid4(), cpu_cores=1, lease_seconds=600.0
                 )
                 self.keys.add(wanted.idempotency_key)
-                made = await self._insist(partial(planner.take, wanted, timeout=1.0))
+                made = await self._insist(partial(planner.reserve_once, wanted, timeout=1.0))
                 assert made.state == "held", made
                 assert made.reservation_id not in self.kept
                 self.kept[made.reservation_id] = made
@@ -128,8 +128,8 @@ async def suffer(lab: Lab, fault: Callable[[], Awaitable[None]]) -> None:
 @pytest.mark.parametrize(
     "moment",
     [
-        "before a claim",
-        "between claim and answer",
+        "before a reservation",
+        "between reservation and answer",
         "between answer and acknowledgement",
         "before a release",
         "between release and answer",

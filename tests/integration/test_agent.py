@@ -3,7 +3,9 @@
 import asyncio
 import json
 import sys
-from contextlib import closing
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -11,17 +13,19 @@ from uuid import uuid4
 import pytest
 from pydantic import ValidationError
 
-from chiffon.agent import BaseAgent
+from chiffon import BaseAgent
+from chiffon.agent.identity import Identity
+from chiffon.amqp.connection import dial, dial_any
+from chiffon.amqp.declare import declare
+from chiffon.contract.messages import ResourceMetrics
+from chiffon.embedded import rabbitmq
+from chiffon.embedded.rabbitmq import RabbitMQ
 from chiffon.errors import BusRefused, NotTaken, Unroutable
-from chiffon.identity import Identity
-from chiffon.messages import ResourceMetrics
 from chiffon.probes.nvidia import NvidiaProbe
 from chiffon.probes.reader import Reader
-from chiffon.provisioning import declare
-from chiffon.session import dial
 from tests.fixtures import plain
 from tests.fixtures.nvml import Card, FakeNvml
-from tests.fixtures.servers import Management, Servers
+from tests.fixtures.servers import Management
 from tests.fixtures.trees import plant
 from tests.fixtures.waiting import until
 
@@ -33,6 +37,12 @@ class Inbox:
 
     def __init__(self, queue: Any) -> None:
         self._queue = queue
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, amqp_url: str) -> "AsyncIterator[Inbox]":
+        async with plain.channel(amqp_url) as channel:
+            yield cls(await channel.get_queue("chiffon.ingest"))
 
     async def next(self) -> Any:
         async def message() -> Any:
@@ -52,8 +62,8 @@ class Inbox:
 
 @pytest.fixture
 async def inbox(broker: str) -> Any:
-    async with plain.channel(broker) as channel:
-        yield Inbox(await channel.get_queue("chiffon.ingest"))
+    async with Inbox.open(broker) as opened:
+        yield opened
 
 
 async def test_the_first_heartbeat_comes_at_once_and_says_who_and_what(
@@ -149,6 +159,7 @@ async def test_what_the_contract_does_not_allow_is_refused_before_anything_is_se
 async def test_after_a_cut_one_fresh_heartbeat_comes_at_once(
     broker: str, inbox: Inbox, management: Management
 ) -> None:
+    """The broker lists a new connection after a second, and only then can it be cut."""
     async with BaseAgent(broker, interval_seconds=600.0) as agent:
         await inbox.next()
 
@@ -163,9 +174,9 @@ async def test_an_agent_waits_for_a_broker_that_is_not_ready_and_keeps_nothing(
     """It starts before any orchestrator has declared the exchange, with a short interval."""
     async with BaseAgent(amqp_url, interval_seconds=0.5):
         await asyncio.sleep(2)  # four heartbeats would have been due
-        session = await dial(amqp_url, "test")
-        await declare(session)
-        await session.close()
+        connection = await dial(amqp_url, "test")
+        await declare(connection)
+        await connection.close()
         async with plain.channel(amqp_url) as channel:
             inbox = Inbox(await channel.get_queue("chiffon.ingest"))
 
@@ -243,6 +254,7 @@ async def test_probes_that_fail_do_not_stop_the_heartbeat(broker: str, inbox: In
 async def test_a_driver_that_hangs_for_ever_stops_no_heartbeat_and_they_say_how_old_it_is(
     broker: str, inbox: Inbox, tmp_path: Path
 ) -> None:
+    """The reading has to become seconds old."""
     nvml = FakeNvml([Card()])
     source = NvidiaProbe(plant(tmp_path, "nvidia"), nvml).read
     try:
@@ -263,7 +275,7 @@ async def test_a_driver_that_hangs_for_ever_stops_no_heartbeat_and_they_say_how_
 HANGING_AGENT = """
 import asyncio, sys
 from pathlib import Path
-from chiffon.agent import BaseAgent
+from chiffon import BaseAgent
 from chiffon.probes.nvidia import NvidiaProbe
 from chiffon.probes.reader import Reader
 from tests.fixtures.nvml import Card, FakeNvml
@@ -284,6 +296,7 @@ print("stopped")
 async def test_a_driver_that_hangs_for_ever_does_not_keep_an_agent_from_stopping(
     broker: str, inbox: Inbox, tmp_path: Path
 ) -> None:
+    """A process of its own is started."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
@@ -303,26 +316,45 @@ async def test_a_driver_that_hangs_for_ever_does_not_keep_an_agent_from_stopping
     assert (await inbox.until_status("offline"))["agent_id"] == spoken["agent_id"]
 
 
+@pytest.mark.deep
 async def test_an_agent_that_an_alarm_blocks_keeps_its_connection_and_waits(
-    broker: str, inbox: Inbox, servers: Servers, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async with BaseAgent(broker, interval_seconds=0.5) as agent:
+    """An alarm is the whole broker's, so it has one of its own."""
+    with tempfile.TemporaryDirectory(prefix="chiffon-alarm-") as folder:
+        async with rabbitmq.run(Path(folder), stop_gently=False) as node:
+            await _blocked_by_an_alarm(node, caplog)
+
+
+async def _blocked_by_an_alarm(node: RabbitMQ, caplog: pytest.LogCaptureFixture) -> None:
+    async def alarm(watermark: str) -> None:
+        argv = [str(node.program.with_name("rabbitmqctl")), "set_vm_memory_high_watermark"]
+        done = await asyncio.create_subprocess_exec(*argv, watermark, env=node.environment)
+        assert await done.wait() == 0
+
+    declaring = await dial_any(node.amqp_url, "test declares")
+    await declare(declaring)
+    await declaring.close()
+    async with (
+        Inbox.open(node.amqp_url) as inbox,
+        BaseAgent(node.amqp_url, interval_seconds=0.5) as agent,
+    ):
         await inbox.next()
-        session = agent._link.current
-        assert session is not None
+        connection = agent._supervised.current
+        assert connection is not None
         try:
-            await asyncio.to_thread(servers.rabbitmqctl, "set_vm_memory_high_watermark", "0.00001")
+            await alarm("0.00001")
 
             async def blocked() -> bool:
-                return session.is_blocked and "not confirmed" in caplog.text
+                return connection.is_blocked and "not confirmed" in caplog.text
 
             await until(blocked, "the agent blocked, and told so")
         finally:
-            await asyncio.to_thread(servers.rabbitmqctl, "set_vm_memory_high_watermark", "0.6")
+            await alarm("0.6")
         before = agent._sequence
 
         async def fresh() -> bool:
             return bool((await inbox.body())["sequence"] > before)
 
         await until(fresh, "a heartbeat that was read after the alarm")
-        assert agent._link.current is session, "it dialled again"
+        assert agent._supervised.current is connection, "it dialled again"

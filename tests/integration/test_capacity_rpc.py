@@ -11,7 +11,9 @@ from uuid import uuid4
 import aio_pika
 import pytest
 
-from chiffon import topology
+from chiffon import PlannerClient
+from chiffon.contract import topology
+from chiffon.contract.messages import CapacityQuery
 from chiffon.errors import (
     AgentNotFoundError,
     BusRefused,
@@ -20,15 +22,13 @@ from chiffon.errors import (
     CapacityTimeout,
     NoResponders,
 )
-from chiffon.messages import CapacityQuery
-from chiffon.planner import PlannerClient
-from chiffon.receipt import Receipt
-from chiffon.registry import Registry
+from chiffon.registry.registry import Registry
+from chiffon.registry.rows import Received
 from tests.fixtures import plain
 from tests.fixtures.caller import Caller
 from tests.fixtures.heartbeats import RESOURCES, update
 from tests.fixtures.plain import Queues
-from tests.fixtures.servers import Databases, Management
+from tests.fixtures.servers import Management, Servers, execute, new_database
 from tests.fixtures.system import consumers, orchestrating
 from tests.fixtures.waiting import until
 
@@ -47,8 +47,8 @@ async def planner(serving: str) -> AsyncIterator[PlannerClient]:
 
 
 async def record(registry: Registry, *updates: Any) -> None:
-    receipts = [Receipt(one, time.monotonic()) for one in updates]
-    await registry.record(sorted(receipts, key=lambda one: one.update.agent_id))
+    receipts = [Received(one, time.monotonic()) for one in updates]
+    await registry.heartbeats.record(sorted(receipts, key=lambda one: one.update.agent_id))
 
 
 @pytest.fixture
@@ -211,6 +211,7 @@ async def test_a_responder_that_may_not_write_to_the_default_exchange_goes_on(
 async def test_a_cut_connection_between_questions_is_not_noticed(
     planner: PlannerClient, management: Management, amqp_url: str
 ) -> None:
+    """The broker lists a new connection after a second, and only then can it be cut."""
     await planner.find()
     await plain.cut(management, amqp_url, "planner")
 
@@ -250,6 +251,7 @@ async def test_a_question_that_one_of_two_queues_takes_is_answered(
 async def test_a_question_that_no_queue_takes_is_asked_again(
     broker: str, amqp_url: str, database_url: str
 ) -> None:
+    """It is asked again after half a second, until somebody listens."""
     async with (
         plain.full_queue(broker, "chiffon.rpc", "capacity"),
         PlannerClient.open(broker) as planner,
@@ -391,20 +393,19 @@ async def test_an_answer_that_nobody_takes_does_not_harm_the_responder(
     assert await consumers(serving, "chiffon.capacity") == 1
 
 
-async def test_a_database_that_is_away_is_said_to_be_that(
-    amqp_url: str, databases: Databases
-) -> None:
-    async with databases.new(migrated=True) as url, orchestrating(amqp_url, url):
+async def test_a_database_that_is_away_is_said_to_be_that(amqp_url: str, servers: Servers) -> None:
+    async with new_database(servers, migrated=True) as url, orchestrating(amqp_url, url):
         name = url.rpartition("/")[2]
         async with PlannerClient.open(amqp_url) as planner:
             await planner.find()
-            await databases.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
-            await databases.execute(
-                f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
+            await execute(servers.database_url, f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+            await execute(
+                servers.database_url,
+                f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'",
             )
             with pytest.raises(CapacityRefused) as refused:
                 await planner.find(timeout=20)
-            await databases.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+            await execute(servers.database_url, f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
             await planner.find(timeout=20)
 
     assert refused.value.code == "unavailable"
@@ -447,6 +448,7 @@ async def test_the_capacity_queue_goes_with_its_last_responder(
 async def test_two_responders_share_the_questions(
     amqp_url: str, database_url: str, registry: Registry
 ) -> None:
+    """Two whole orchestrators start."""
     await record(registry, update())
     async with (
         orchestrating(amqp_url, database_url),

@@ -11,8 +11,8 @@ from uuid import uuid4
 
 import pytest
 
-from chiffon.receipt import Receipt
-from chiffon.registry import Registry
+from chiffon.registry.registry import Registry
+from chiffon.registry.rows import Received
 from tests.fixtures.command import Done, commands
 from tests.fixtures.heartbeats import update
 from tests.fixtures.system import orchestrating
@@ -30,8 +30,8 @@ async def test_the_fleet_and_its_capacity_are_shown(
 ) -> None:
     big = update(hostname="big", resources={"gpu_vram_available_gb": 24.0})
     away = update(hostname="away", status="offline")
-    receipts = [Receipt(one, time.monotonic()) for one in (big, away)]
-    await registry.record(sorted(receipts, key=lambda one: one.update.agent_id))
+    receipts = [Received(one, time.monotonic()) for one in (big, away)]
+    await registry.heartbeats.record(sorted(receipts, key=lambda one: one.update.agent_id))
     async with orchestrating(amqp_url, database_url):
 
         async def run(*arguments: str) -> Done:
@@ -82,6 +82,7 @@ def test_without_an_orchestrator_a_question_is_told_that_nobody_answers(
 def test_a_simulation_says_what_it_lacks(
     chiffon: Callable[..., Done], broker: str, amqp_url: str
 ) -> None:
+    """It waits until it is sure that nobody answers."""
     short = chiffon("simulate", "--seconds", "20", "--interval-seconds", "1")
     assert short.returncode == 78
     assert "give it 23 s or more" in short.stderr
@@ -94,8 +95,9 @@ def test_a_simulation_says_what_it_lacks(
 async def test_a_simulation_leaves_agents_of_others_alone(
     chiffon: Callable[..., Done], amqp_url: str, database_url: str, registry: Registry
 ) -> None:
+    """A simulation runs to its end."""
     other = update(pool_name="simulated-7")
-    await registry.record([Receipt(other, time.monotonic())])
+    await registry.heartbeats.record([Received(other, time.monotonic())])
     async with orchestrating(amqp_url, database_url):
         done = await asyncio.to_thread(
             chiffon, "simulate", "--seconds", "30", "--interval-seconds", "1", "--seed", "7"
@@ -103,7 +105,7 @@ async def test_a_simulation_leaves_agents_of_others_alone(
 
     assert done.returncode == 78
     assert "pool simulated-7 has 1 agents of somebody else" in done.stderr
-    assert await registry.show(other.agent_id) is not None
+    assert await registry.agents.show(other.agent_id) is not None
 
 
 def test_the_topology_is_declared_and_checked(chiffon: Callable[..., Done]) -> None:
@@ -119,7 +121,8 @@ def test_the_topology_is_declared_and_checked(chiffon: Callable[..., Done]) -> N
 
 
 def test_the_database_is_upgraded_checked_and_taken_back(chiffon: Callable[..., Done]) -> None:
-    assert chiffon("db", "current").stdout.strip() == "0011"
+    """All migrations run, up and down."""
+    assert chiffon("db", "current").stdout.strip() == "0005"
     assert chiffon("db", "check").returncode == 0
     assert chiffon("db", "downgrade", "0001").returncode == 0
     assert chiffon("db", "current").stdout.strip() == "0001"
@@ -139,7 +142,7 @@ async def test_watch_prints_each_agent_and_again_when_it_changed(
     amqp_url: str, database_url: str, registry: Registry, tmp_path: Path
 ) -> None:
     agent_id = uuid4()
-    await registry.record([Receipt(update(agent_id), time.monotonic())])
+    await registry.heartbeats.record([Received(update(agent_id), time.monotonic())])
     watching = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-m", "chiffon", "fleet", "watch", "-o", "jsonl", "--interval", "0.2"),
@@ -153,8 +156,8 @@ async def test_watch_prints_each_agent_and_again_when_it_changed(
     assert watching.stdout is not None
     async with asyncio.timeout(30):
         first = json.loads(await watching.stdout.readline())
-        await registry.record(
-            [Receipt(update(agent_id, sequence=2, status="busy"), time.monotonic())]
+        await registry.heartbeats.record(
+            [Received(update(agent_id, sequence=2, status="busy"), time.monotonic())]
         )
         second = json.loads(await watching.stdout.readline())
         watching.terminate()

@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from chiffon import consumer
-from chiffon.consumer import Consumer
+from chiffon.amqp import consumer
+from chiffon.amqp.consumer import Consumer
+from chiffon.amqp.frames import Delivery
 from chiffon.errors import BusRefused, BusUnavailable, TopologyMissing
-from chiffon.frames import Delivery
 from tests.fixtures import plain
 from tests.fixtures.proxy import Proxy
 from tests.fixtures.servers import Management
@@ -43,7 +43,7 @@ class Taken:
 async def consuming(url: str, taken: Taken, prefetch: int = 100) -> AsyncIterator[Consumer]:
     made = await consumer.dial(url, "test consumes")
     try:
-        await made.consume(QUEUE, prefetch=prefetch, take=taken)
+        await made.consume(QUEUE, prefetch=prefetch, on_deliveries=taken)
         yield made
     finally:
         await made.close()
@@ -115,6 +115,7 @@ async def test_a_cancelled_consumer_is_given_nothing_more(queue: str) -> None:
 async def test_a_deleted_queue_a_cut_connection_and_a_closed_channel_each_lose_it_with_the_reason(
     queue: str, management: Management
 ) -> None:
+    """The consumer connects anew after each."""
     async with consuming(queue, Taken()) as made:
         made.acknowledge(99)
         assert "PRECONDITION_FAILED" in await asyncio.wait_for(made.lost, 10)
@@ -126,7 +127,7 @@ async def test_a_deleted_queue_a_cut_connection_and_a_closed_channel_each_lose_i
         assert "its queue is gone" in await asyncio.wait_for(made.lost, 10)
 
 
-async def test_a_broker_that_falls_silent_is_noticed_after_two_of_its_heartbeats(
+async def test_a_broker_that_becomes_silent_is_noticed_after_two_of_its_heartbeats(
     queue: str,
 ) -> None:
     async with Proxy.to(queue).running() as proxy:
@@ -153,7 +154,7 @@ async def test_what_the_taker_raises_loses_the_connection_and_not_the_messages(
         raise ValueError("a bug")
 
     made = await consumer.dial(queue, "test consumes")
-    await made.consume(QUEUE, prefetch=10, take=broken)
+    await made.consume(QUEUE, prefetch=10, on_deliveries=broken)
     await send(queue, b"one")
     assert "a bug" in await asyncio.wait_for(made.lost, 10)
     await made.close()
@@ -173,7 +174,7 @@ async def test_whoever_is_not_let_in_is_told_why(queue: str) -> None:
         await consumer.dial("amqp://guest:guest@127.0.0.1:1/", "test")
     made = await consumer.dial(queue, "test")
     with pytest.raises(TopologyMissing, match="no queue 'nothing'"):
-        await made.consume("nothing", prefetch=1, take=Taken())
+        await made.consume("nothing", prefetch=1, on_deliveries=Taken())
     await made.close()
     assert ":wrong@" not in str(refused.value)
 

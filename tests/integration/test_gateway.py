@@ -11,11 +11,13 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
-from chiffon.capacity import OrchestratorService
+from chiffon.capacity.service import OrchestratorService
+from chiffon.contract.messages import CapacityQuery
 from chiffon.gateway.live import AT_ONCE_AGENTS
-from chiffon.messages import CapacityQuery
-from chiffon.receipt import Receipt
-from chiffon.registry import AgentRow, Registry
+from chiffon.registry.agents import Agents
+from chiffon.registry.offers import Offers
+from chiffon.registry.registry import Registry
+from chiffon.registry.rows import AgentRow, Received
 from tests.fixtures.gateway import samples, serving
 from tests.fixtures.heartbeats import RESOURCES, update
 from tests.fixtures.proxy import Proxy
@@ -34,7 +36,7 @@ async def http(broker: str, database_url: str) -> AsyncIterator[httpx.AsyncClien
 async def record(registry: Registry, **fields: Any) -> UUID:
     """Record one agent's heartbeat, as just received; returns its id."""
     one = update(**fields)
-    await registry.record([Receipt(one, asyncio.get_running_loop().time())])
+    await registry.heartbeats.record([Received(one, asyncio.get_running_loop().time())])
     return one.agent_id
 
 
@@ -378,7 +380,7 @@ async def test_recent_readings_are_kept_in_memory(
     async with http.stream("GET", "/stream"):  # somebody looks, so it is read each second
         await until(lambda: has(1), "the first reading")
         again = update(agent_id, sequence=2, resources={"cpu_percent": None})
-        await registry.record([Receipt(again, asyncio.get_running_loop().time())])
+        await registry.heartbeats.record([Received(again, asyncio.get_running_loop().time())])
         await until(lambda: has(2), "the second reading")
 
     assert [one["cpu_percent"] for one in readings] == [10.0, None]
@@ -407,6 +409,7 @@ class Stream:
 async def test_the_stream_begins_with_the_fleet_and_tells_what_changes(
     http: httpx.AsyncClient, registry: Registry
 ) -> None:
+    """The gateway looks for changes once a second."""
     first = await record(registry, hostname="first")
     async with http.stream("GET", "/stream") as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
@@ -421,7 +424,7 @@ async def test_the_stream_begins_with_the_fleet_and_tells_what_changes(
         assert agent["id"] == str(second), "only what changed"
 
         assert (await stream.next("fleet"))["online"] == 2
-        await registry.forget([first])
+        await registry.agents.forget([first])
         assert await stream.next("gone") == [str(first)]
 
 
@@ -429,15 +432,17 @@ async def test_a_big_fleet_is_read_and_sent_a_part_at_a_time(
     http: httpx.AsyncClient, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    show_many = Registry.show_many
+    show_many = Agents.show_many
 
-    async def shown(self: Registry, agent_ids: Sequence[UUID]) -> list[AgentRow]:
+    async def shown(self: Agents, agent_ids: Sequence[UUID]) -> list[AgentRow]:
         sizes.append(len(agent_ids))
         return await show_many(self, agent_ids)
 
-    monkeypatch.setattr(Registry, "show_many", shown)
+    monkeypatch.setattr(Agents, "show_many", shown)
     batch = [update() for _ in range(2 * AT_ONCE_AGENTS + 1)]
-    await registry.record([Receipt(one, asyncio.get_running_loop().time()) for one in batch])
+    await registry.heartbeats.record(
+        [Received(one, asyncio.get_running_loop().time()) for one in batch]
+    )
 
     known: set[str] = set()
     async with http.stream("GET", "/stream") as answer:
@@ -458,6 +463,7 @@ async def test_a_page_that_does_not_read_is_let_go(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """So much has to be sent that the socket's buffers are full."""
     caplog.set_level(logging.INFO, "chiffon")
     monkeypatch.setattr("chiffon.gateway.pages.SEND_SECONDS", 0.5)
     # More than the sockets between us take.
@@ -465,7 +471,9 @@ async def test_a_page_that_does_not_read_is_let_go(
     batch = [update(resources={"probe_errors": problems}) for _ in range(400)]
     for start in range(0, 400, 100):
         part = sorted(batch[start : start + 100], key=lambda one: one.agent_id)
-        await registry.record([Receipt(one, asyncio.get_running_loop().time()) for one in part])
+        await registry.heartbeats.record(
+            [Received(one, asyncio.get_running_loop().time()) for one in part]
+        )
     _, writer = await asyncio.open_connection(http.base_url.host, http.base_url.port, limit=1_024)
     try:
         writer.write(b"GET /stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -565,8 +573,8 @@ async def test_a_failure_that_nobody_foresaw_is_a_500_without_a_trace(
     async def fails(*_: Any) -> Any:
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr(Registry, "find", fails)
-    monkeypatch.setattr(Registry, "show", fails)
+    monkeypatch.setattr(Offers, "find", fails)
+    monkeypatch.setattr(Agents, "show", fails)
 
     assert await problem(http, AVAILABLE) == (500, "Failed to fetch available capacity")
     assert await problem(http, f"/api/v1/agents/{uuid4()}/capacity") == (
@@ -720,7 +728,7 @@ async def test_metrics_tell_of_each_agent_and_forget_who_was_forgotten(
     assert f"chiffon_agent_memory_available_bytes{own}" not in told, "unknown is no number"
     assert abs(told[f"chiffon_agent_last_heartbeat_timestamp_seconds{own}"] - 1.75e9) < 2.5e8
 
-    await registry.forget([agent_id])
+    await registry.agents.forget([agent_id])
 
     after = (await http.get("/metrics")).text
     assert str(agent_id) not in after

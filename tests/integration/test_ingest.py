@@ -11,13 +11,13 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from chiffon.encoding import encode, routing_key
-from chiffon.reading import Reading
-from chiffon.registry import Registry, asyncpg_url
+from chiffon.contract.codec import encode, routing_key
+from chiffon.registry.pool import asyncpg_url
+from chiffon.registry.registry import Registry
 from tests.fixtures import plain
 from tests.fixtures.heartbeats import update
 from tests.fixtures.plain import Queues
-from tests.fixtures.servers import Databases, Management
+from tests.fixtures.servers import Management, Servers, execute, new_database
 from tests.fixtures.system import orchestrating
 from tests.fixtures.waiting import until
 
@@ -31,7 +31,7 @@ async def send(to: Any, sent: Any, **properties: Any) -> None:
 
 async def recorded(registry: Registry, agent_id: UUID, sequence: int) -> None:
     async def is_there() -> bool:
-        row = await registry.show(agent_id)
+        row = await registry.agents.show(agent_id)
         return row is not None and row.sequence == sequence
 
     await until(is_there, f"heartbeat {sequence} of {agent_id} in the registry")
@@ -84,9 +84,9 @@ async def test_a_bad_message_anywhere_in_a_batch_costs_only_itself(
 
 UNFIT: list[tuple[Any, bytes, str]] = [
     ("telegram.v1", b"{}", "type 'telegram.v1' is not"),
-    (None, b"{} ", "type 'None' is not"),
+    ("whatever.v1", b"{} ", "type 'whatever.v1' is not"),
     (KIND, encode(update()), "does not agree"),
-    (KIND, b"x" * 65_537, "not JSON"),
+    (KIND, b"x" * 65_537, "65537 bytes; at most 65536"),
     (KIND, b" " * 65_537 + b"{}", "65539 bytes; at most 65536"),
     (KIND, b"\xff\x00", "not JSON"),
 ]
@@ -136,58 +136,6 @@ async def test_dead_letters_that_cannot_be_published_do_not_hold_up_the_good(
     assert "dead letters are not confirmed" in caplog.text, "the fault was not injected"
 
 
-async def test_a_relays_array_is_recorded_and_its_bad_element_set_aside_alone(
-    amqp_url: str, database_url: str, registry: Registry, queues: Queues
-) -> None:
-    good = [update(), update()]
-    body = [json.loads(encode(good[0])), {"agent_id": "x"}, json.loads(encode(good[1]))]
-    async with orchestrating(amqp_url, database_url), plain.channel(amqp_url) as to:
-        await plain.publish(to, EXCHANGE, "heartbeat.lab.relay.r1", body, KIND)
-        for one in good:
-            await recorded(registry, one.agent_id, 1)
-
-    [dead] = queues.take("chiffon.dead-letters")
-    assert json.loads(dead["payload"]) == {"agent_id": "x"}
-    assert "element 1 of 3" in dead["properties"]["headers"]["chiffon-reason"]
-
-
-async def test_arrays_wait_on_the_broker_and_not_in_our_memory(
-    amqp_url: str, database_url: str, database: "asyncpg.Connection[Any]"
-) -> None:
-    """What is prefetched counts messages: without a limit, 40,000 heartbeats would be here."""
-    sent = [update(interval_seconds=600.0) for _ in range(40_000)]
-    most = 0
-
-    def notice(self: Reading, *arguments: Any) -> None:
-        nonlocal most
-        original(self, *arguments)
-        most = max(most, len(self.newest))
-
-    original = Reading.take
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Reading, "take", notice)
-        async with (
-            orchestrating(amqp_url, database_url, ingest_batch_size=100),
-            plain.channel(amqp_url) as to,
-        ):
-            lock = database.transaction()
-            await lock.start()
-            await database.execute("LOCK TABLE agent_registry IN ACCESS EXCLUSIVE MODE")
-            for start in range(0, len(sent), 1_000):
-                body = b"[" + b",".join(map(encode, sent[start : start + 1_000])) + b"]"
-                await plain.publish(to, EXCHANGE, "heartbeat.lab.relay.r1", body, KIND)
-            await until(_async(lambda: most >= 1_000), "ten statements' worth is here")
-            await lock.rollback()
-
-            async def all_are_recorded() -> bool:
-                count = await database.fetchval("SELECT count(*) FROM agent_registry")
-                return bool(count == len(sent))
-
-            await until(all_are_recorded, "every heartbeat in the registry", 60)
-
-    assert most < 2_000
-
-
 async def test_the_newest_of_a_batch_wins_whatever_the_order(
     amqp_url: str, database_url: str, registry: Registry
 ) -> None:
@@ -199,7 +147,7 @@ async def test_the_newest_of_a_batch_wins_whatever_the_order(
         await recorded(registry, agent_id, 5)
         await drained(amqp_url)
 
-    row = await registry.show(agent_id)
+    row = await registry.agents.show(agent_id)
     assert row is not None
     assert row.sequence == 5
 
@@ -212,13 +160,13 @@ async def test_a_redelivered_or_older_heartbeat_changes_nothing(
     async with orchestrating(amqp_url, database_url), plain.channel(amqp_url) as to:
         await send(to, update(agent_id, sequence=7))
         await recorded(registry, agent_id, 7)
-        before = await registry.show(agent_id)
+        before = await registry.agents.show(agent_id)
         for sequence in (7, 6):
             await send(to, update(agent_id, sequence=sequence, status="busy"))
         await send(to, marker)
         await recorded(registry, marker.agent_id, 1)
 
-    after = await registry.show(agent_id)
+    after = await registry.agents.show(agent_id)
     assert before is not None
     assert after is not None
     assert after.last_heartbeat_at == before.last_heartbeat_at
@@ -231,7 +179,7 @@ async def test_an_earlier_incarnation_that_keeps_coming_is_counted_and_named(
     agent_id = uuid4()
 
     async def counted(count: int) -> bool:
-        row = await registry.show(agent_id)
+        row = await registry.agents.show(agent_id)
         return row is not None and row.lower_incarnations == count
 
     def told() -> list[str]:
@@ -248,7 +196,7 @@ async def test_an_earlier_incarnation_that_keeps_coming_is_counted_and_named(
 
     assert len(told()) == 1
     assert str(agent_id) in told()[0]
-    row = await registry.show(agent_id)
+    row = await registry.agents.show(agent_id)
     assert row is not None
     assert (row.incarnation, row.sequence) == (20, 1)
     assert row.lower_incarnation_at is not None
@@ -261,8 +209,8 @@ async def test_a_forgotten_agent_comes_back_as_a_new_one_whatever_its_incarnatio
     async with orchestrating(amqp_url, database_url), plain.channel(amqp_url) as to:
         await send(to, update(agent_id, incarnation=20, sequence=9))
         await recorded(registry, agent_id, 9)
-        assert await registry.forget([agent_id, unknown]) == [agent_id]
-        assert await registry.show(agent_id) is None
+        assert await registry.agents.forget([agent_id, unknown]) == [agent_id]
+        assert await registry.agents.show(agent_id) is None
         await send(to, update(agent_id, incarnation=10, sequence=1))
         await recorded(registry, agent_id, 1)
 
@@ -279,7 +227,7 @@ async def test_heartbeats_that_outlived_their_lease_in_the_queue_are_no_dead_let
     async with orchestrating(amqp_url, database_url):
         await recorded(registry, farewell.agent_id, 1)
 
-    assert await registry.show(late.agent_id) is None
+    assert await registry.agents.show(late.agent_id) is None
     assert queues.take("chiffon.dead-letters") == []
 
 
@@ -301,33 +249,34 @@ async def test_heartbeats_that_outlived_their_lease_in_our_memory_do_not_raise_t
         await recorded(registry, slow.agent_id, 1)
         await recorded(registry, farewell.agent_id, 1)
 
-    row = await registry.show(slow.agent_id)
+    row = await registry.agents.show(slow.agent_id)
     assert row is not None
     assert row.age_seconds is not None
     assert row.age_seconds > 5.5, "its age counts from receipt, not from the commit"
-    assert await registry.show(quick.agent_id) is None
+    assert await registry.agents.show(quick.agent_id) is None
 
 
 async def test_a_database_that_was_away_loses_nothing(
-    amqp_url: str, databases: Databases, caplog: pytest.LogCaptureFixture
+    amqp_url: str, servers: Servers, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The database lets nobody in for a while, and ends who is in."""
     sent = [update(interval_seconds=60.0) for _ in range(20)]
-    async with databases.new(migrated=True) as url:
+    async with new_database(servers, migrated=True) as url:
         name = url.rpartition("/")[2]
         async with orchestrating(amqp_url, url), plain.channel(amqp_url) as to:
             await send(to, sent[0])
             async with Registry.open(url) as registry:
                 await recorded(registry, sent[0].agent_id, 1)
-            await databases.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
-            await databases.execute(
-                f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
+            await execute(servers.database_url, f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+            await execute(
+                servers.database_url,
+                f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'",
             )
             for one in sent[1:]:
                 await send(to, one)
             await until(_async(lambda: "trying again" in caplog.text), "the trouble is told")
 
-            await databases.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+            await execute(servers.database_url, f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
 
             async with Registry.open(url) as registry:
                 for one in sent:
@@ -367,6 +316,7 @@ async def test_a_row_that_only_the_database_refuses_is_set_aside_alone(
 async def test_a_cut_connection_loses_nothing(
     amqp_url: str, database_url: str, registry: Registry, management: Management
 ) -> None:
+    """The broker lists a new connection after a second, and only then can it be cut."""
     sent = [update(interval_seconds=60.0) for _ in range(200)]
     async with orchestrating(amqp_url, database_url):
         async with plain.channel(amqp_url) as to:
@@ -411,7 +361,7 @@ async def test_stopping_finishes_what_was_delivered(
     async with orchestrating(amqp_url, database_url), plain.channel(amqp_url) as to:
         await asyncio.gather(*(send(to, one) for one in sent))
 
-    kept = {row.agent_id for row in await registry.list_agents()}
+    kept = {row.agent_id for row in await registry.agents.list()}
     left = (await plain.depth(amqp_url, "chiffon.ingest"))[0]
     assert len(kept) + left == 300
     async with orchestrating(amqp_url, database_url):
@@ -421,7 +371,7 @@ async def test_stopping_finishes_what_was_delivered(
 
 async def test_what_the_parser_takes_the_database_takes(database_url: str) -> None:
     """Odd but allowed values, all in one batch: PostgreSQL itself is the judge."""
-    from chiffon.receipt import Receipt
+    from chiffon.registry.rows import Received
 
     odd = [
         update(hostname=""),
@@ -436,6 +386,8 @@ async def test_what_the_parser_takes_the_database_takes(database_url: str) -> No
     ]
     odd.sort(key=lambda one: one.agent_id)
     async with Registry.open(asyncpg_url(database_url)) as registry:
-        recorded = await registry.record([Receipt(one, time.monotonic()) for one in odd])
+        recorded = await registry.heartbeats.record(
+            [Received(one, time.monotonic()) for one in odd]
+        )
         assert recorded.stale == []
-        assert len(await registry.list_agents()) == len(odd)
+        assert len(await registry.agents.list()) == len(odd)

@@ -10,10 +10,11 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from chiffon import migrations
-from chiffon.capacity import OrchestratorService
+from chiffon.capacity.service import OrchestratorService
 from chiffon.errors import BadConfiguration, RegistryUnavailable, TablesMissing
-from chiffon.registry import Registry, asyncpg_url
+from chiffon.registry import migrations
+from chiffon.registry.pool import asyncpg_url
+from chiffon.registry.registry import Registry
 
 PROJECT = Path(__file__).parents[2]
 
@@ -50,7 +51,7 @@ async def test_rows_that_were_there_before_metrics_keep_working(empty_database_u
     )
     assert json.loads(kept) == {}
     index = (await indexes(connection))["idx_agent_registry_resource_metrics"]
-    assert "USING gin (resource_metrics)" in index
+    assert "USING gin (resource_metrics jsonb_path_ops)" in index
     async with Registry.open(empty_database_url) as registry:
         answer = await OrchestratorService(registry).get_agent_capacity(agent_id)
     assert (answer["gpu_type"], answer["gpu_vram_available_gb"], answer["timestamp"]) == (
@@ -86,8 +87,9 @@ async def test_downgrades_take_away_what_upgrades_brought_and_keep_the_rows(
 
 
 def test_an_upgrade_twice_at_once_is_one_upgrade(empty_database_url: str) -> None:
+    """All migrations run twice."""
     program = (
-        "import asyncio, sys; from chiffon import migrations\n"
+        "import asyncio, sys; from chiffon.registry import migrations\n"
         "asyncio.run(migrations.upgrade(sys.argv[1]))"
     )
     both = [
@@ -139,6 +141,7 @@ async def test_a_database_that_is_away_is_one_line() -> None:
 
 
 def test_the_alembic_command_itself_works(empty_database_url: str) -> None:
+    """It is a process of its own, started three times."""
     environment = {**os.environ, "CHIFFON_DATABASE_URL": empty_database_url}
     for command in (["upgrade", "head"], ["check"], ["downgrade", "base"]):
         done = subprocess.run(

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from chiffon.capacity import OrchestratorService
-from chiffon.fleet import Agent, Fleet
+from chiffon.capacity.fleet import Agent, Fleet
+from chiffon.capacity.service import OrchestratorService
+from chiffon.contract.messages import AgentCapacity, Offer
 from chiffon.gateway import examples
 from chiffon.gateway.api import CapacityAnswer
 from chiffon.gateway.app import openapi
-from chiffon.messages import AgentCapacity, Offer
-from chiffon.receipt import Receipt
-from chiffon.registry import Registry
+from chiffon.registry.registry import Registry
+from chiffon.registry.rows import Received
 from tests.fixtures.gateway import serving
 from tests.fixtures.heartbeats import update
 
@@ -65,9 +65,14 @@ def test_an_example_is_an_answer(kind: type[BaseModel], example: dict[str, Any])
 
 
 @pytest.mark.parametrize(
-    ("method", "phases"),
-    # Every corner of a body of twenty fields takes most of a minute, and found nothing.
-    [("GET", "examples,coverage,fuzzing"), ("POST", "examples,fuzzing")],
+    ("method", "phases", "examples"),
+    [
+        ("GET", "examples,fuzzing", 5),
+        ("POST", "examples,fuzzing", 5),
+        # Every corner of a body of twenty fields takes most of a minute, and found nothing.
+        pytest.param("GET", "examples,coverage,fuzzing", 100, marks=pytest.mark.deep),
+        pytest.param("POST", "examples,fuzzing", 100, marks=pytest.mark.deep),
+    ],
 )
 async def test_no_request_at_all_makes_the_gateway_fail(
     broker: str,
@@ -77,10 +82,13 @@ async def test_no_request_at_all_makes_the_gateway_fail(
     tmp_path: Path,
     method: str,
     phases: str,
+    examples: int,
 ) -> None:
     """Schemathesis makes requests up from the description, good ones and bad ones."""
     agent_id = update().agent_id
-    await registry.record([Receipt(update(agent_id), asyncio.get_running_loop().time())])
+    await registry.heartbeats.record(
+        [Received(update(agent_id), asyncio.get_running_loop().time())]
+    )
     await database.execute(
         """INSERT INTO agent_registry (agent_id, agent_type, pool_name, status, resource_metrics)
            VALUES (gen_random_uuid(), 'toaster', 'a b', 'online', '{"gpus": 3, "cpu_percent": {}}'),
@@ -95,7 +103,7 @@ async def test_no_request_at_all_makes_the_gateway_fail(
                 f"{http.base_url}/openapi.json",
                 *("--include-method", method),
                 *("--phases", phases),
-                *("--max-examples", "40"),
+                *("--max-examples", str(examples)),
                 *("--seed", "1"),
                 *("--checks", "all"),
                 # A text may hold what is no number of ours and yet of the schema's type.

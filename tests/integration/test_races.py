@@ -12,10 +12,11 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
+from chiffon.capacity.reservations import ReservationService
+from chiffon.contract.messages import ReservationRelease
 from chiffon.errors import CapacityRefused, InsufficientCapacity
-from chiffon.messages import ReservationRelease
-from chiffon.registry import Registry, asyncpg_url
-from chiffon.reservations import ReservationService
+from chiffon.registry.pool import asyncpg_url
+from chiffon.registry.registry import Registry
 from tests.fixtures.rooms import broken, gpu, record, request, rig
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
@@ -97,6 +98,7 @@ async def test_the_natural_statements_give_one_room_to_several(
 
 
 async def test_ours_gives_each_unit_once(registry: Registry, database: Connection) -> None:
+    """Thirty-two planners, many rounds."""
     service = ReservationService(registry)
     for _ in range(10):
         rival = rig(gpu(0, UNITS * UNIT_GB), pool_name=f"pool-{uuid4().hex[:8]}")
@@ -176,13 +178,13 @@ async def test_renewing_releasing_and_ending_at_once_end_it_once(
         release = ReservationRelease(reservation_id=made.reservation_id)
         await asyncio.gather(*(service.release(release) for _ in range(8)))
         assert await broken(database) == []
-    assert await database.fetchval("SELECT held FROM agent_registry") is None
+    assert await database.fetchval("SELECT reserved FROM agent_registry") is None
 
 
-async def test_heartbeats_and_claims_do_not_wait_for_each_other(
+async def test_heartbeats_and_reservations_do_not_wait_for_each_other(
     registry: Registry, database_url: str
 ) -> None:
-    """A claim goes around a row that ingest holds; it takes another agent."""
+    """A reservation goes around a row that ingest holds; it takes another agent."""
     first, second = rig(gpu(0, 80.0)), rig(gpu(0, 40.0))
     await record(registry, first, second)
     service = ReservationService(registry)

@@ -10,19 +10,20 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from chiffon import liveness
+from chiffon.contract.lease import CANARY_FRESH_SECONDS, lease_for, offline_after
+from chiffon.contract.messages import StatusUpdate
 from chiffon.errors import RegistryRefused, RegistryUnavailable, RowRefused
-from chiffon.messages import StatusUpdate
-from chiffon.receipt import Receipt
-from chiffon.registry import Registry
+from chiffon.registry.registry import Registry
+from chiffon.registry.rows import Received
 from tests.fixtures.heartbeats import RESOURCES, update
+from tests.fixtures.sweeping import sweep
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 
 async def record(registry: Registry, *updates: StatusUpdate, held: float = 0.0) -> None:
     received = time.monotonic() - held
-    await registry.record([Receipt(one, received) for one in sorted(updates, key=_id)])
+    await registry.heartbeats.record([Received(one, received) for one in sorted(updates, key=_id)])
 
 
 def _id(one: StatusUpdate) -> UUID:
@@ -46,7 +47,7 @@ async def make_silent(database: Connection, agent_id: UUID, seconds: float) -> N
 
 async def prove_path(registry: Registry, database: Connection, since_seconds: float) -> None:
     """A canary has come through without a gap for this long."""
-    await registry.mark_path_fresh(time.monotonic())
+    await registry.path.mark_fresh(time.monotonic())
     await database.execute(
         "UPDATE ingest_path SET grace_until = now(),"
         " fresh_since = now() - $1 * interval '1 second'",
@@ -96,7 +97,7 @@ async def test_only_a_newer_heartbeat_changes_anything(
 
     second = update(agent_id, incarnation=later[0], sequence=later[1], hostname="second")
 
-    stale = (await registry.record([Receipt(second, time.monotonic())])).stale
+    stale = (await registry.heartbeats.record([Received(second, time.monotonic())])).stale
 
     after = await row(database, agent_id)
     assert (after != before) == applies
@@ -142,11 +143,11 @@ async def test_many_writers_on_the_same_agents_do_not_deadlock(
             sequence = number * 8 + writer + 1
             await record(registry, *(update(one, sequence=sequence) for one in chosen))
 
-    async def sweep() -> None:
+    async def sweeps() -> None:
         for _ in range(20):
-            await registry.mark_silent()
+            await sweep(registry)
 
-    await asyncio.gather(*(write(writer) for writer in range(6)), sweep(), sweep())
+    await asyncio.gather(*(write(writer) for writer in range(6)), sweeps(), sweeps())
 
     deadlocks = await database.fetchval(
         "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
@@ -184,9 +185,9 @@ async def test_a_heartbeat_held_for_longer_than_its_lease_is_let_go_and_a_farewe
     late = update(interval_seconds=1.0)
     farewell = update(interval_seconds=1.0, status="offline")
 
-    await record(registry, late, farewell, held=liveness.lease(1.0) + 0.1)
+    await record(registry, late, farewell, held=lease_for(1.0) + 0.1)
 
-    assert await registry.show(late.agent_id) is None
+    assert await registry.agents.show(late.agent_id) is None
     assert (await row(database, farewell.agent_id))["status"] == "offline"
 
 
@@ -194,19 +195,19 @@ async def test_a_heartbeat_held_for_longer_than_its_lease_is_let_go_and_a_farewe
 async def test_silence_is_judged_by_each_agents_own_lease(
     registry: Registry, database: Connection, interval: float
 ) -> None:
-    limit = liveness.offline_after(liveness.lease(interval))
+    limit = offline_after(lease_for(interval))
     early, late = update(interval_seconds=interval), update(interval_seconds=interval)
     await record(registry, early, late)
     await prove_path(registry, database, 10_000)
     await make_silent(database, early.agent_id, limit - 1)
     await make_silent(database, late.agent_id, limit + 1)
 
-    silenced = (await registry.mark_silent()).transitions
+    silenced = (await sweep(registry)).marked
 
     assert [one.agent_id for one in silenced] == [late.agent_id]
     assert (await row(database, early.agent_id))["status"] == "online"
     assert (await row(database, late.agent_id))["status"] == "offline"
-    assert (await registry.mark_silent()).transitions == []
+    assert (await sweep(registry)).marked == []
 
 
 async def test_nobody_is_judged_while_no_canary_comes_through(
@@ -216,13 +217,13 @@ async def test_nobody_is_judged_while_no_canary_comes_through(
     await record(registry, sent)
     await make_silent(database, sent.agent_id, 10_000)
 
-    assert (await registry.mark_silent()).transitions == []  # no canary ever
+    assert (await sweep(registry)).marked == []  # no canary ever
     await prove_path(registry, database, 10_000)
     await database.execute(
         "UPDATE ingest_path SET fresh_at = now() - $1 * interval '1 second'",
-        liveness.CANARY_FRESH_SECONDS + 0.1,
+        CANARY_FRESH_SECONDS + 0.1,
     )
-    assert (await registry.mark_silent()).transitions == []  # none lately
+    assert (await sweep(registry)).marked == []  # none lately
 
 
 async def test_after_a_gap_every_agent_has_its_own_full_lease_again(
@@ -235,19 +236,19 @@ async def test_after_a_gap_every_agent_has_its_own_full_lease_again(
     await prove_path(registry, database, 10_000)
     await database.execute("UPDATE ingest_path SET fresh_at = now() - interval '6 seconds'")
 
-    await registry.mark_path_fresh(time.monotonic())
+    await registry.path.mark_fresh(time.monotonic())
 
-    assert (await registry.mark_silent()).transitions == []
+    assert (await sweep(registry)).marked == []
     path = await database.fetchrow(
         "SELECT extract(epoch FROM now() - fresh_since)::float8 AS since,"
         " extract(epoch FROM grace_until - now())::float8 AS grace FROM ingest_path"
     )
     assert path is not None
     assert path["since"] < 5
-    assert 230 < path["grace"] <= liveness.offline_after(liveness.lease(60.0))
+    assert 230 < path["grace"] <= offline_after(lease_for(60.0))
 
     await database.execute("UPDATE ingest_path SET fresh_since = now() - interval '7 seconds'")
-    assert [one.agent_id for one in (await registry.mark_silent()).transitions] == [quick.agent_id]
+    assert [one.agent_id for one in (await sweep(registry)).marked] == [quick.agent_id]
 
 
 async def test_a_canary_without_a_gap_leaves_the_beginning_alone(
@@ -256,7 +257,7 @@ async def test_a_canary_without_a_gap_leaves_the_beginning_alone(
     await prove_path(registry, database, 100)
     before = await database.fetchval("SELECT fresh_since FROM ingest_path")
 
-    await registry.mark_path_fresh(time.monotonic())
+    await registry.path.mark_fresh(time.monotonic())
 
     assert await database.fetchval("SELECT fresh_since FROM ingest_path") == before
 
@@ -267,12 +268,12 @@ async def test_grace_ends_when_every_agent_has_spoken(
     sent = update()
     await record(registry, sent)
     await make_silent(database, sent.agent_id, 100)
-    await registry.mark_path_fresh(time.monotonic())
-    await registry.mark_silent()
+    await registry.path.mark_fresh(time.monotonic())
+    await sweep(registry)
     assert await database.fetchval("SELECT grace_until > now() FROM ingest_path")
 
     await record(registry, update(sent.agent_id, sequence=2))
-    await registry.mark_silent()
+    await sweep(registry)
 
     assert not await database.fetchval("SELECT grace_until > now() FROM ingest_path")
 
@@ -287,9 +288,9 @@ async def test_two_sweeps_at_once_report_each_transition_once(
     )
     await prove_path(registry, database, 10_000)
 
-    reports = await asyncio.gather(*(registry.mark_silent(share=1.0) for _ in range(6)))
+    reports = await asyncio.gather(*(sweep(registry, outage_share=1.0) for _ in range(6)))
 
-    marked = [one.agent_id for report in reports for one in report.transitions]
+    marked = [one.agent_id for report in reports for one in report.marked]
     assert len(marked) == len(set(marked)) == 200
 
 
@@ -308,7 +309,7 @@ async def test_a_value_that_cannot_be_stored_is_said_to_be_that(
 async def test_a_database_that_is_away_is_unavailable() -> None:
     async with Registry.open("postgresql://u:p@127.0.0.1:1/x") as registry:
         with pytest.raises(RegistryUnavailable):
-            await registry.show(uuid4())
+            await registry.agents.show(uuid4())
 
 
 async def test_a_wrong_password_is_a_refusal_without_the_password(database_url: str) -> None:
@@ -317,7 +318,7 @@ async def test_a_wrong_password_is_a_refusal_without_the_password(database_url: 
 
     async with Registry.open(wrong) as registry:
         with pytest.raises(RegistryRefused) as refused:
-            await registry.show(uuid4())
+            await registry.agents.show(uuid4())
 
     assert "hunter2" not in str(refused.value)
 
@@ -325,5 +326,5 @@ async def test_a_wrong_password_is_a_refusal_without_the_password(database_url: 
 async def test_tables_that_are_not_there_are_named_with_what_to_do(empty_database_url: str) -> None:
     async with Registry.open(empty_database_url) as registry:
         with pytest.raises(RegistryUnavailable, match="chiffon db upgrade"):
-            await registry.list_agents()
+            await registry.agents.list()
         assert await registry.revision() is None

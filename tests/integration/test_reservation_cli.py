@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from chiffon.registry import Registry
-from chiffon.registry.line import Line
+from chiffon.registry.registry import Registry
 from tests.fixtures.command import Done, commands
 from tests.fixtures.rooms import gpu, record, rig
 from tests.fixtures.system import orchestrating
@@ -82,13 +81,14 @@ async def test_a_refusal_says_why_and_what_would_fit(run: Run, registry: Registr
 
 
 async def test_wait_ends_when_there_is_room_or_time_is_up(run: Run, registry: Registry) -> None:
+    """Who waits is looked for once a second."""
     agent = rig(gpu(0, 50.0), hostname="rig-7", interval_seconds=60.0)
     wait = ("capacity", "wait", "--min-gpu-vram-gb", "40", "--timeout")
     late = await run(*wait, "0.5")
     waiting = asyncio.create_task(run(*wait, "60", "-o", "json"))
 
     async def stands_in_line() -> bool:
-        return len(await Line(registry).waiting()) == 1
+        return len(await registry.wait_queue.waiting()) == 1
 
     await until(stands_in_line, "it waits")
     await record(registry, agent)
@@ -128,6 +128,7 @@ async def test_a_drained_agent_is_shown_with_what_it_holds(run: Run, registry: R
 
 
 async def test_processes_are_tied_to_a_reservation(run: Run, tmp_path: Path) -> None:
+    """An agent takes two samples of its processes."""
     reservation = "0f6b3a80-8a52-4a59-9f9d-0d1c3f6f8f11"
 
     tied = await run("agent", "tie", reservation, str(os.getpid()))

@@ -8,7 +8,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from chiffon.registry import Registry
+from chiffon.registry.registry import Registry
 from tests.fixtures import gateway
 from tests.fixtures.rooms import gpu, record, rig
 
@@ -44,8 +44,8 @@ async def test_room_is_taken_renewed_listed_and_given_back(
     listed = (await http.get(WHERE, params={"state": "held", "holder": "a shell"})).json()
     assert [each["reservation_id"] for each in listed["reservations"]] == [one["reservation_id"]]
     agent = (await http.get(f"/api/v1/agents/{one['agent_id']}")).json()
-    assert agent["held"][0]["reservation_id"] == one["reservation_id"]
-    assert agent["left"]["gpu_vram_gb"] == 50.0
+    assert agent["reserved"][0]["reservation_id"] == one["reservation_id"]
+    assert agent["available"]["gpu_vram_gb"] == 50.0
 
     released = await http.post(f"{path}/release", json={})
     assert (released.status_code, released.json()["state"]) == (200, "released")
@@ -99,14 +99,18 @@ async def test_what_is_over_or_unknown_is_said_to_be_so(
     late = await http.post(f"{path}/renew", json={})
     unknown = await http.post(f"{WHERE}/{uuid4()}/renew", json={})
     nonsense = await http.get(f"{WHERE}/mine")
+    # More than PostgreSQL's bigint holds.
+    huge = await http.post(f"{path}/release", json={"fence": 2**63})
 
     assert [
-        (each.status_code, each.json()["code"]) for each in (stale, other, late, unknown, nonsense)
+        (each.status_code, each.json()["code"])
+        for each in (stale, other, late, unknown, nonsense, huge)
     ] == [
         (409, "stale_fence"),
         (409, "idempotency_mismatch"),
         (409, "stale_fence"),
         (404, "reservation_not_found"),
+        (400, "invalid_request"),
         (400, "invalid_request"),
     ]
     assert nonsense.json()["detail"] == "Invalid reservation_id format (must be UUID)"

@@ -23,20 +23,20 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from chiffon.capacity import OrchestratorService
-from chiffon.errors import CapacityRefused, InsufficientCapacity, StaleFence
-from chiffon.messages import (
+from chiffon.capacity.reservations import ReservationService
+from chiffon.capacity.service import OrchestratorService
+from chiffon.contract.messages import (
     CapacityQuery,
     CapacityReserve,
     Reservation,
     ReservationRelease,
     ReservationRenew,
 )
-from chiffon.registry import Registry, asyncpg_url
-from chiffon.registry.ledger import Ledger
-from chiffon.reservations import ReservationService
+from chiffon.errors import CapacityRefused, InsufficientCapacity, StaleFence
+from chiffon.registry.pool import asyncpg_url
+from chiffon.registry.registry import Registry
 from tests.fixtures.rooms import broken, gpu, record, request, rig
-from tests.fixtures.servers import Servers
+from tests.fixtures.servers import Servers, new_database
 
 TOTAL_GB = 24
 CORES = 16
@@ -87,14 +87,13 @@ class Machine(RuleBasedStateMachine):
         self.over: list[Held] = []
         self.fence = 0
         self.service = ReservationService(self.registry)
-        self.ledger = Ledger(self.registry)
         self.do(self.database.execute("TRUNCATE agent_registry, reservation"))
         self.do(self.prove_path())
         for number in range(AGENTS):
             self.speak(number)
 
     async def prove_path(self) -> None:
-        await self.registry.mark_path_fresh(time.monotonic())
+        await self.registry.path.mark_fresh(time.monotonic())
         await self.database.execute("UPDATE ingest_path SET fresh_since = now() - interval '1 day'")
 
     @staticmethod
@@ -244,7 +243,7 @@ class Machine(RuleBasedStateMachine):
         )
 
         async def twice_at_once() -> list[list[Reservation]]:
-            return list(await asyncio.gather(self.ledger.expire(), self.ledger.expire()))
+            return list(await asyncio.gather(self.service.expire(), self.service.expire()))
 
         ended = [each for found in self.do(twice_at_once()) for each in found]
         assert [each.reservation_id for each in ended] == [one.made.reservation_id]
@@ -275,7 +274,7 @@ class Machine(RuleBasedStateMachine):
     def drain(self, number: int) -> None:
         agent = self.agents[number]
         agent.drained = not agent.drained
-        change = self.registry.drain if agent.drained else self.registry.undrain
+        change = self.registry.agents.drain if agent.drained else self.registry.agents.undrain
         self.do(change(agent.agent_id))
 
     @invariant()
@@ -305,21 +304,18 @@ def loop() -> Any:
     made.close()
 
 
+@pytest.mark.parametrize("lives", [12, pytest.param(100, marks=pytest.mark.deep)])
 def test_random_lives_of_reservations_are_as_the_model_says(
-    servers: Servers, loop: asyncio.AbstractEventLoop
+    servers: Servers, loop: asyncio.AbstractEventLoop, lives: int
 ) -> None:
-    from tests.fixtures.servers import Databases
-
-    databases = Databases(servers.database_url)
+    """Many lives, each of some thirty steps in the database."""
 
     async def live() -> None:
-        await databases.open()
-        async with databases.new(migrated=True) as url, Registry.open(url) as registry:
+        async with new_database(servers, migrated=True) as url, Registry.open(url) as registry:
             database = await asyncpg.connect(asyncpg_url(url))
             Machine.registry, Machine.database = registry, database
             await asyncio.to_thread(run)
             await database.close()
-        await databases.close()
 
     class InThisLoop(Machine):
         def do(self, work: Any) -> Any:
@@ -329,7 +325,7 @@ def test_random_lives_of_reservations_are_as_the_model_says(
         run_state_machine_as_test(
             InThisLoop,
             settings=settings(
-                max_examples=40,
+                max_examples=lives,
                 stateful_step_count=30,
                 deadline=None,
                 suppress_health_check=list(HealthCheck),

@@ -10,16 +10,9 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from chiffon.asking import Asker
-from chiffon.errors import (
-    CapacityRefused,
-    IdempotencyMismatch,
-    InsufficientCapacity,
-    ReservationNotFound,
-    StaleFence,
-)
-from chiffon.holding import usable_seconds
-from chiffon.messages import (
+from chiffon import PlannerClient
+from chiffon.capacity.reservations import ReservationService
+from chiffon.contract.messages import (
     CapacityQuery,
     CapacityWait,
     ReservationEvent,
@@ -27,10 +20,18 @@ from chiffon.messages import (
     ReservationRelease,
     ReservationRenew,
 )
-from chiffon.planner import PlannerClient
-from chiffon.registry import Registry
-from chiffon.registry.line import Line, Reply
-from chiffon.reservations import ReservationService
+from chiffon.errors import (
+    CapacityRefused,
+    IdempotencyMismatch,
+    InsufficientCapacity,
+    ReservationNotFound,
+    StaleFence,
+)
+from chiffon.orchestrator.responder import QUESTIONS
+from chiffon.planner.lease import usable_seconds
+from chiffon.planner.rpc import RpcClient
+from chiffon.registry.registry import Registry
+from chiffon.registry.wait_queue import Reply, WaitQueue
 from tests.fixtures import plain
 from tests.fixtures.caller import Caller
 from tests.fixtures.proxy import Proxy
@@ -67,6 +68,7 @@ async def is_free(registry: Registry) -> bool:
 async def test_room_is_held_renewed_and_given_back(
     planner: PlannerClient, registry: Registry
 ) -> None:
+    """A lease of seconds is renewed twice."""
     await record(registry, rig(gpu(0, 70.0)))
 
     async with planner.reserve(request(gpu_vram_gb=20.0, lease_seconds=1.0)) as holding:
@@ -115,13 +117,13 @@ async def test_the_holder_is_told_when_the_room_is_lost(
 async def test_refusals_have_their_own_errors(planner: PlannerClient, registry: Registry) -> None:
     await record(registry, rig(gpu(0, 70.0), hostname="rig-7"))
     wanted = request(gpu_vram_gb=50.0)
-    made = await planner.take(wanted)
+    made = await planner.reserve_once(wanted)
 
     with pytest.raises(InsufficientCapacity, match="with gpu_vram_gb 20, rig-7 would fit") as no:
-        await planner.take(request(gpu_vram_gb=50.0))
+        await planner.reserve_once(request(gpu_vram_gb=50.0))
     assert no.value.details["explanation"]["obstacles"][0]["most"] == 20.0
     with pytest.raises(IdempotencyMismatch):
-        await planner.take(wanted.model_copy(update={"gpu_vram_gb": 1.0}))
+        await planner.reserve_once(wanted.model_copy(update={"gpu_vram_gb": 1.0}))
     with pytest.raises(ReservationNotFound):
         await planner.renew(ReservationRenew(reservation_id=uuid4()))
     with pytest.raises(StaleFence):
@@ -206,8 +208,13 @@ async def test_what_cannot_be_delivered_is_released(
     assert await is_free(registry)
 
 
-async def test_an_answer_to_direct_reply_to_is_delivered(serving: str, registry: Registry) -> None:
+async def test_what_is_reserved_over_direct_reply_to_stays_reserved(
+    serving: str, registry: Registry
+) -> None:
+    """The broker returns a mandatory answer although it delivers it: that tells nothing."""
     await record(registry, rig(gpu(0, 70.0)))
+    sent = QUESTIONS.labels("capacity.reserve.v1", "answered")
+    before = sent._value.get()
     answers: asyncio.Queue[Any] = asyncio.Queue()
 
     async with plain.channel(serving) as channel:
@@ -225,6 +232,10 @@ async def test_an_answer_to_direct_reply_to_is_delivered(serving: str, registry:
         async with asyncio.timeout(10):
             answer = await answers.get()
 
+    async def is_sent() -> bool:
+        return bool(sent._value.get() > before)
+
+    await until(is_sent, "the responder is done with it")
     assert answer.type == "capacity.reservation.v1"
     assert not await is_free(registry)
 
@@ -239,7 +250,7 @@ async def test_a_planner_whose_line_is_cut_gets_the_same_reservation(
     ):
         await planner.find()
         proxy.latency_seconds = 0.2  # so that the line is cut while the answer is on its way
-        asking = asyncio.create_task(planner.take(request(gpu_vram_gb=20.0), timeout=20))
+        asking = asyncio.create_task(planner.reserve_once(request(gpu_vram_gb=20.0), timeout=20))
 
         async def is_made() -> bool:
             return not await is_free(registry)
@@ -266,8 +277,8 @@ async def test_what_ends_by_itself_is_told(planner: PlannerClient, registry: Reg
     await record(registry, agent)
 
     async with planner.watch() as events:
-        made = await planner.take(request(gpu_vram_gb=20.0, lease_seconds=1.0))
-        other = await planner.take(request(gpu_vram_gb=20.0, lease_seconds=600.0))
+        made = await planner.reserve_once(request(gpu_vram_gb=20.0, lease_seconds=1.0))
+        other = await planner.reserve_once(request(gpu_vram_gb=20.0, lease_seconds=600.0))
         gone = rig(gpu(0, 70.0), agent_id=agent.agent_id, sequence=2, status="offline")
         await record(registry, gone)
         told: dict[UUID, ReservationEvent] = {}
@@ -292,7 +303,7 @@ async def joined(registry: Registry, count: int) -> None:
     """Wait until so many stand in line."""
 
     async def are_there() -> bool:
-        return len(await Line(registry).waiting()) == count
+        return len(await registry.wait_queue.waiting()) == count
 
     await until(are_there, f"{count} in line")
 
@@ -316,6 +327,7 @@ async def test_who_waits_is_answered_when_something_fits(
 async def test_who_waits_in_vain_is_told_why_at_the_deadline(
     planner: PlannerClient, registry: Registry
 ) -> None:
+    """A deadline of 2 s is waited for."""
     await record(registry, rig(gpu(0, 30.0), hostname="rig-7"))
     began = time.monotonic()
 
@@ -328,7 +340,10 @@ async def test_who_waits_in_vain_is_told_why_at_the_deadline(
 
 
 async def test_who_came_first_is_served_first(planner: PlannerClient, registry: Registry) -> None:
-    """Room for one at a time: each is offered it when those before have had their turn."""
+    """Room for one at a time: each is offered it when those before have had their turn.
+
+    Each has a second to take what it is offered.
+    """
     answered: list[int] = []
 
     async def wait(number: int) -> None:
@@ -385,24 +400,24 @@ async def test_who_waits_asks_again_and_outlives_that_nobody_answers(
     amqp_url: str, database_url: str, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The line was lost, and when the question is asked again there is no responder at first."""
-    monkeypatch.setattr("chiffon.planner.ASK_TO_WAIT_AGAIN_SECONDS", 0.5)
+    monkeypatch.setattr("chiffon.planner.client.ASK_TO_WAIT_AGAIN_SECONDS", 0.5)
     asked = 0
 
-    async def ask(self: Asker, *question: Any) -> Any:
+    async def call(self: RpcClient, *question: Any) -> Any:
         nonlocal asked
         asked += 1
         return await original(self, *question)
 
-    original = Asker.ask
-    monkeypatch.setattr(Asker, "ask", ask)
+    original = RpcClient.call
+    monkeypatch.setattr(RpcClient, "call", call)
     async with PlannerClient.open(amqp_url) as planner:
         async with orchestrating(amqp_url, database_url):
             waiting = asyncio.create_task(
                 planner.wait(CapacityWait(min_gpu_vram_gb=40, timeout_seconds=60))
             )
             await joined(registry, 1)
-            [one] = await Line(registry).waiting()
-        await Line(registry).leave([one.wait_id])
+            [one] = await registry.wait_queue.waiting()
+        await registry.wait_queue.leave([one.wait_id])
         before = asked
 
         async def has_asked_nobody() -> bool:
@@ -431,6 +446,7 @@ async def test_a_waiter_that_is_gone_leaves_the_line(serving: str, registry: Reg
 async def test_a_planner_may_wait_for_what_it_then_holds(
     planner: PlannerClient, registry: Registry
 ) -> None:
+    """Who waits is looked for once a second."""
     await record(registry, rig(gpu(0, 50.0), interval_seconds=60.0))
     order: list[str] = []
 
@@ -461,7 +477,7 @@ async def test_an_alternative_is_as_the_request_where_it_says_nothing(
     mine = rig(gpu(0, 45.0), pool_name="mine")
     await record(registry, mine, rig(gpu(0, 70.0), pool_name="theirs"))
 
-    made = await planner.take(
+    made = await planner.reserve_once(
         request(
             gpu_vram_gb=80.0,
             cpu_cores=4,
@@ -477,7 +493,7 @@ async def test_rows_that_nobody_can_read_hold_up_nobody(
     planner: PlannerClient, registry: Registry, database: Connection
 ) -> None:
     await database.execute(
-        "INSERT INTO capacity_wait (wait_id, question, deadline, reply) VALUES"
+        "INSERT INTO wait_queue (wait_id, request, deadline, reply) VALUES"
         " (gen_random_uuid(), '{\"limit\": \"many\"}', now() + interval '1 hour', '{}'),"
         " (gen_random_uuid(), '5', now(), '{}'),"
         " (gen_random_uuid(), '{}', now(), 'null'),"
@@ -492,7 +508,7 @@ async def test_rows_that_nobody_can_read_hold_up_nobody(
     assert len(offers.agents) == 1
 
     async def is_empty() -> bool:
-        left = "SELECT count(*) FROM capacity_wait WHERE offered_at IS NULL"
+        left = "SELECT count(*) FROM wait_queue WHERE offered_at IS NULL"
         return not await database.fetchval(left)
 
     await until(is_empty, "what nobody can read is removed")
@@ -501,11 +517,11 @@ async def test_rows_that_nobody_can_read_hold_up_nobody(
 async def test_many_who_want_what_is_not_there_hold_up_nobody(
     planner: PlannerClient, registry: Registry, database: Connection
 ) -> None:
-    line = Line(registry)
+    queue = registry.wait_queue
     greedy = CapacityWait(min_gpu_vram_gb=1_000, timeout_seconds=3_600)
     nobody = Reply("", "amq.gen-gone", None)
     for _ in range(300):
-        assert await line.join(uuid4(), greedy, nobody)
+        assert await queue.join(uuid4(), greedy, nobody)
     await record(registry, rig(gpu(0, 50.0), interval_seconds=60.0))
 
     offers = await planner.wait(CapacityWait(min_gpu_vram_gb=40, timeout_seconds=60))
@@ -517,20 +533,20 @@ async def test_many_who_want_what_is_not_there_hold_up_nobody(
 async def test_who_was_offered_what_another_took_comes_back_to_the_same_place(
     registry: Registry,
 ) -> None:
-    line = Line(registry)
+    queue = registry.wait_queue
     wanted = CapacityWait(min_gpu_vram_gb=40)
     first, second = uuid4(), uuid4()
     for wait_id in (first, second):
-        await line.join(wait_id, wanted, Reply("", "amq.gen-x", None))
+        await queue.join(wait_id, wanted, Reply("", "amq.gen-x", None))
     agent_id = uuid4()
 
-    await line.offered({first: agent_id})
-    assert [one.wait_id for one in await line.waiting()] == [second]
-    assert await line.spoken_for() == {agent_id}
-    await line.join(first, wanted, Reply("", "amq.gen-x", None))
+    await queue.note_offers({first: agent_id})
+    assert [one.wait_id for one in await queue.waiting()] == [second]
+    assert await queue.offered_lately() == {agent_id}
+    await queue.join(first, wanted, Reply("", "amq.gen-x", None))
 
-    assert [one.wait_id for one in await line.waiting()] == [first, second]
-    assert await line.spoken_for() == set()
+    assert [one.wait_id for one in await queue.waiting()] == [first, second]
+    assert await queue.offered_lately() == set()
 
 
 async def test_too_many_who_wait_are_told_so(
@@ -539,7 +555,7 @@ async def test_too_many_who_wait_are_told_so(
     async def is_full(*_: Any) -> bool:
         return False
 
-    monkeypatch.setattr(Line, "join", is_full)
+    monkeypatch.setattr(WaitQueue, "join", is_full)
 
     with pytest.raises(CapacityRefused, match="too many are waiting"):
         await planner.wait(CapacityWait(timeout_seconds=5))

@@ -3,21 +3,16 @@
 import asyncio
 import json
 import time
+from collections.abc import AsyncGenerator
 from typing import Any, TypeAlias
 from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
 
-from chiffon.capacity import OrchestratorService
-from chiffon.errors import (
-    CapacityRefused,
-    IdempotencyMismatch,
-    InsufficientCapacity,
-    ReservationNotFound,
-    StaleFence,
-)
-from chiffon.messages import (
+from chiffon.capacity.reservations import ReservationService
+from chiffon.capacity.service import OrchestratorService
+from chiffon.contract.messages import (
     CapacityQuery,
     CapacityReserve,
     Reservation,
@@ -25,11 +20,16 @@ from chiffon.messages import (
     ReservationRelease,
     ReservationRenew,
 )
-from chiffon.registry import CONNECTIONS, EXPLAINED_AT_ONCE, Misfits, Registry
-from chiffon.registry.claims import CLAIM_IN_ORDER, CLAIM_IN_POOL
-from chiffon.registry.ledger import Claim, Ledger, Refused
-from chiffon.registry.offers import IN_ORDER, asked, taken
-from chiffon.reservations import ReservationService
+from chiffon.errors import (
+    CapacityRefused,
+    IdempotencyMismatch,
+    InsufficientCapacity,
+    ReservationNotFound,
+    StaleFence,
+)
+from chiffon.registry.offers import EXAMINED_AT_ONCE, IN_ORDER, Offers, wanted
+from chiffon.registry.registry import CONNECTIONS, Registry
+from chiffon.registry.statements import STATEMENTS
 from tests.fixtures.rooms import broken, gpu, record, request, rig
 from tests.fixtures.waiting import until
 
@@ -41,14 +41,9 @@ def service(registry: Registry) -> ReservationService:
     return ReservationService(registry)
 
 
-@pytest.fixture
-def ledger(registry: Registry) -> Ledger:
-    return Ledger(registry)
-
-
 async def prove_path(registry: Registry, database: Connection) -> None:
     """A canary has come through without a gap for long enough that leases count."""
-    await registry.mark_path_fresh(time.monotonic())
+    await registry.path.mark_fresh(time.monotonic())
     await database.execute("UPDATE ingest_path SET fresh_since = now() - interval '1 minute'")
 
 
@@ -145,7 +140,7 @@ async def test_fences_only_grow_also_when_an_agent_is_forgotten(
     for _ in range(3):
         await record(registry, agent)
         fences.append((await service.reserve(request(gpu_vram_gb=20.0))).fence)
-        await registry.forget([agent.agent_id])
+        await registry.agents.forget([agent.agent_id])
 
     assert fences == sorted(set(fences))
 
@@ -187,7 +182,7 @@ async def test_what_is_unknown_is_said_to_be_so(service: ReservationService) -> 
 
 
 async def test_an_unrenewed_reservation_frees_itself(
-    registry: Registry, database: Connection, service: ReservationService, ledger: Ledger
+    registry: Registry, database: Connection, service: ReservationService
 ) -> None:
     await record(registry, rig(gpu(0, 70.0)))
     await prove_path(registry, database)
@@ -195,10 +190,10 @@ async def test_an_unrenewed_reservation_frees_itself(
     kept = await service.reserve(request(gpu_vram_gb=20.0, lease_seconds=60))
 
     await pass_time(database, 59)
-    assert await ledger.expire() == []
+    assert await service.expire() == []
     await service.renew(renewal(kept))
     await pass_time(database, 2)
-    [ended] = await ledger.expire()
+    [ended] = await service.expire()
 
     assert (ended.reservation_id, ended.state) == (made.reservation_id, "expired")
     assert list((await vram(registry)).values()) == [50.0]
@@ -209,7 +204,7 @@ async def test_an_unrenewed_reservation_frees_itself(
 
 
 async def test_a_late_renewal_counts_as_long_as_nobody_has_ended_it(
-    registry: Registry, database: Connection, service: ReservationService, ledger: Ledger
+    registry: Registry, database: Connection, service: ReservationService
 ) -> None:
     await record(registry, rig(gpu(0, 70.0)))
     await prove_path(registry, database)
@@ -218,21 +213,21 @@ async def test_a_late_renewal_counts_as_long_as_nobody_has_ended_it(
 
     await service.renew(renewal(made))
 
-    assert await ledger.expire() == []
+    assert await service.expire() == []
 
 
 async def test_after_our_own_absence_everybody_has_time_to_renew(
-    registry: Registry, database: Connection, service: ReservationService, ledger: Ledger
+    registry: Registry, database: Connection, service: ReservationService
 ) -> None:
     await record(registry, rig(gpu(0, 70.0)))
     await service.reserve(request(gpu_vram_gb=20.0, lease_seconds=60))
     await pass_time(database, 120)
 
-    assert await ledger.expire() == [], "no canary has ever come through"
-    await registry.mark_path_fresh(time.monotonic())
-    assert await ledger.expire() == [], "the path is back since this moment"
+    assert await service.expire() == [], "no canary has ever come through"
+    await registry.path.mark_fresh(time.monotonic())
+    assert await service.expire() == [], "the path is back since this moment"
     await database.execute("UPDATE ingest_path SET fresh_since = now() - interval '10 seconds'")
-    assert len(await ledger.expire()) == 1
+    assert len(await service.expire()) == 1
 
 
 async def test_the_lease_can_be_changed_when_it_is_renewed(
@@ -252,12 +247,12 @@ async def test_what_nobody_took_is_given_back_and_its_key_is_free(
 ) -> None:
     await record(registry, rig(gpu(0, 70.0)))
     wanted = request(gpu_vram_gb=20.0)
-    claim = await service.claim(wanted)
+    made = await service.reserve_counting(wanted)
 
-    assert await service.undelivered(claim)
+    assert await service.undelivered(made)
     again = await service.reserve(wanted)
 
-    assert again.reservation_id != claim.reservation.reservation_id
+    assert again.reservation_id != made.reservation.reservation_id
     assert list((await vram(registry)).values()) == [50.0]
 
 
@@ -267,7 +262,7 @@ async def test_what_was_asked_for_again_meanwhile_is_not_given_back(
     """The first answer found nobody; the second, on a new connection, was taken."""
     await record(registry, rig(gpu(0, 70.0)))
     wanted = request(gpu_vram_gb=20.0)
-    first = await service.claim(wanted)
+    first = await service.reserve_counting(wanted)
     second = await service.reserve(wanted)
 
     assert not await service.undelivered(first)
@@ -360,38 +355,38 @@ async def test_an_agent_that_is_away_or_busy_is_not_taken(
 
 
 async def test_a_drained_agent_is_not_taken_and_keeps_what_it_holds(
-    registry: Registry, database: Connection, service: ReservationService, ledger: Ledger
+    registry: Registry, database: Connection, service: ReservationService
 ) -> None:
     agent = rig(gpu(0, 70.0))
     await record(registry, agent)
     made = await service.reserve(request(gpu_vram_gb=20.0))
 
-    drained = await registry.drain(agent.agent_id, "new fans")
+    drained = await registry.agents.drain(agent.agent_id, "new fans")
     assert drained is not None
     assert (drained.drained, drained.drain_reason) == (True, "new fans")
-    assert list(drained.held) == [str(made.reservation_id)]
+    assert list(drained.reserved) == [str(made.reservation_id)]
     with pytest.raises(InsufficientCapacity, match="1 drained"):
         await service.reserve(request(gpu_vram_gb=20.0))
     await record(registry, rig(gpu(0, 70.0), agent_id=agent.agent_id, sequence=2))
     assert await vram(registry) == {}, "whatever it reports"
-    assert await ledger.revoke(300.0) == []
+    assert await service.revoke(300.0) == []
     await service.renew(renewal(made))
 
-    await registry.undrain(agent.agent_id)
+    await registry.agents.undrain(agent.agent_id)
     assert list((await vram(registry)).values()) == [50.0]
 
 
 async def test_what_is_left_at_the_deadline_of_a_drain_is_ended(
-    registry: Registry, service: ReservationService, ledger: Ledger
+    registry: Registry, service: ReservationService
 ) -> None:
     agent = rig(gpu(0, 70.0))
     await record(registry, agent)
     made = await service.reserve(request(gpu_vram_gb=20.0))
 
-    await registry.drain(agent.agent_id, deadline_seconds=600)
-    assert await ledger.revoke(300.0) == []
-    await registry.drain(agent.agent_id, deadline_seconds=0)
-    [ended] = await ledger.revoke(300.0)
+    await registry.agents.drain(agent.agent_id, deadline_seconds=600)
+    assert await service.revoke(300.0) == []
+    await registry.agents.drain(agent.agent_id, deadline_seconds=0)
+    [ended] = await service.revoke(300.0)
 
     assert (ended.state, ended.reason) == ("revoked", "agent drained")
     with pytest.raises(StaleFence, match="agent drained"):
@@ -399,7 +394,7 @@ async def test_what_is_left_at_the_deadline_of_a_drain_is_ended(
 
 
 async def test_what_is_held_on_an_agent_outlives_its_going_offline_for_a_while(
-    registry: Registry, database: Connection, service: ReservationService, ledger: Ledger
+    registry: Registry, database: Connection, service: ReservationService
 ) -> None:
     agents = [rig(gpu(0, 70.0)), rig(gpu(0, 60.0))]
     await record(registry, *agents)
@@ -409,13 +404,13 @@ async def test_what_is_held_on_an_agent_outlives_its_going_offline_for_a_while(
     gone = rig(gpu(0, 70.0), agent_id=agents[0].agent_id, sequence=2, status="offline")
     await record(registry, gone)
 
-    assert await ledger.revoke(300.0) == []
+    assert await service.revoke(300.0) == []
     await service.renew(renewal(made))
     await database.execute("UPDATE agent_registry SET status_changed_at = now() - interval '301 s'")
     await database.execute("UPDATE ingest_path SET fresh_since = now() - interval '299 s'")
-    assert await ledger.revoke(300.0) == [], "after our own absence it has that long again"
+    assert await service.revoke(300.0) == [], "after our own absence it has that long again"
     await database.execute("UPDATE ingest_path SET fresh_since = now() - interval '1 hour'")
-    [ended] = await ledger.revoke(300.0)
+    [ended] = await service.revoke(300.0)
 
     assert (ended.reservation_id, ended.state) == (made.reservation_id, "revoked")
     assert ended.reason == "agent offline"
@@ -428,7 +423,7 @@ async def test_the_holder_on_a_forgotten_agent_learns_that_the_room_is_gone(
     agent = rig(gpu(0, 70.0))
     await record(registry, agent)
     made = await service.reserve(request(gpu_vram_gb=20.0))
-    await registry.forget([agent.agent_id])
+    await registry.agents.forget([agent.agent_id])
 
     with pytest.raises(StaleFence, match="forgotten"):
         await service.renew(renewal(made))
@@ -455,7 +450,7 @@ async def test_reservations_are_listed_newest_first(
 
 
 async def test_what_is_long_over_is_forgotten_with_its_key(
-    registry: Registry, database: Connection, service: ReservationService, ledger: Ledger
+    registry: Registry, database: Connection, service: ReservationService
 ) -> None:
     await record(registry, rig(gpu(0, 70.0)))
     wanted = request(gpu_vram_gb=20.0)
@@ -463,10 +458,10 @@ async def test_what_is_long_over_is_forgotten_with_its_key(
     await service.release(release(made))
     assert (await service.reserve(wanted)).state == "released", "its key is used"
 
-    await ledger.purge()
+    await service.purge()
     assert (await service.reservation(made.reservation_id)).state == "released"
     await database.execute("UPDATE reservation SET ended_at = now() - interval '25 hours'")
-    await ledger.purge()
+    await service.purge()
 
     with pytest.raises(ReservationNotFound):
         await service.reservation(made.reservation_id)
@@ -533,7 +528,7 @@ async def test_the_answer_to_a_second_copy_gives_nothing_back(
     wanted = request(gpu_vram_gb=20.0)
     made = await service.reserve(wanted)
 
-    assert not await service.undelivered(await service.claim(wanted))
+    assert not await service.undelivered(await service.reserve_counting(wanted))
 
     assert (await service.reservation(made.reservation_id)).state == "held"
 
@@ -542,10 +537,10 @@ async def test_what_was_renewed_is_not_given_back(
     registry: Registry, service: ReservationService
 ) -> None:
     await record(registry, rig(gpu(0, 70.0)))
-    claim = await service.claim(request(gpu_vram_gb=20.0))
-    await service.renew(renewal(claim.reservation))
+    made = await service.reserve_counting(request(gpu_vram_gb=20.0))
+    await service.renew(renewal(made.reservation))
 
-    assert not await service.undelivered(claim)
+    assert not await service.undelivered(made)
 
 
 async def test_a_gpu_whose_uuid_is_not_told_for_once_is_not_given_twice(
@@ -566,6 +561,7 @@ async def test_a_gpu_whose_uuid_is_not_told_for_once_is_not_given_twice(
 async def test_an_agent_holds_so_many_and_no_more(
     registry: Registry, database: Connection, service: ReservationService
 ) -> None:
+    """It takes 128 reservations."""
     await record(registry, rig(gpu(0, 70.0)))
     for _ in range(16):
         await asyncio.gather(*(service.reserve(request(gpu_vram_gb=0.01)) for _ in range(8)))
@@ -587,7 +583,6 @@ async def test_room_on_an_agent_that_others_wrote_can_be_taken_shown_and_ended(
     registry: Registry,
     database: Connection,
     service: ReservationService,
-    ledger: Ledger,
     written: dict[str, Any],
 ) -> None:
     agent = rig(gpu(0, 70.0))
@@ -600,22 +595,22 @@ async def test_room_on_an_agent_that_others_wrote_can_be_taken_shown_and_ended(
 
     made = await service.reserve(request(gpu_vram_gb=20.0))
     shown = await OrchestratorService(registry).agent(agent.agent_id)
-    assert [one.reservation_id for one in shown.held] == [made.reservation_id]
+    assert [one.reservation_id for one in shown.reserved] == [made.reservation_id]
     await pass_time(database, 120)
 
-    assert len(await ledger.expire()) == 1
+    assert len(await service.expire()) == 1
 
 
 @pytest.mark.parametrize("held", ["null", "[]", "7", '{"mine": 1}', '{"mine": {"fence": "x"}}'])
 async def test_what_others_write_where_reservations_are_held_harms_nobody(
-    registry: Registry, database: Connection, service: ReservationService, ledger: Ledger, held: str
+    registry: Registry, database: Connection, service: ReservationService, held: str
 ) -> None:
     odd, good = rig(gpu(0, 80.0)), rig(gpu(0, 40.0), hostname="good")
     await record(registry, odd, good)
     await prove_path(registry, database)
     try:
         await database.execute(
-            "UPDATE agent_registry SET held = $1::jsonb, drained = true,"
+            "UPDATE agent_registry SET reserved = $1::jsonb, drained = true,"
             " drain_deadline = now() - interval '1 second' WHERE agent_id = $2",
             held,
             odd.agent_id,
@@ -625,7 +620,7 @@ async def test_what_others_write_where_reservations_are_held_harms_nobody(
 
     assert (await service.reserve(request(gpu_vram_gb=20.0))).hostname == "good"
     assert len((await OrchestratorService(registry).agents()).agents) == 2
-    assert await ledger.revoke(300.0) == []
+    assert await service.revoke(300.0) == []
 
 
 async def test_amounts_below_zero_and_odd_words_of_others_do_not_break_refusals(
@@ -641,26 +636,13 @@ async def test_amounts_below_zero_and_odd_words_of_others_do_not_break_refusals(
         await service.reserve(request(gpu_vram_gb=20.0, capabilities=["cuda12"]))
 
 
-async def test_a_dump_can_be_restored_while_room_is_held(
-    registry: Registry, database: Connection, service: ReservationService
-) -> None:
-    """It is restored without a search path, and computes the columns anew."""
-    await record(registry, rig(gpu(0, 70.0)))
-    await service.reserve(request(gpu_vram_gb=20.0))
-
-    await database.execute("SET search_path = ''")
-    await database.execute("UPDATE public.agent_registry SET resource_metrics = resource_metrics")
-
-    assert await database.fetchval("SELECT room[1] FROM public.agent_registry") == 50.0
-
-
 async def test_that_there_is_no_room_is_said_although_the_reason_takes_too_long(
     registry: Registry,
     service: ReservationService,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("chiffon.reservations.EXPLAINED_SECONDS", 0.0)
+    monkeypatch.setattr("chiffon.capacity.reservations.EXPLAINED_SECONDS", 0.0)
     await record(registry, rig(gpu(0, 24.0, 24.0)))
 
     with pytest.raises(
@@ -675,27 +657,27 @@ async def test_that_there_is_no_room_is_said_although_the_reason_takes_too_long(
 async def test_those_who_are_refused_the_same_at_once_share_one_look(
     registry: Registry, service: ReservationService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks, claims, all_claimed = 0, 0, asyncio.Event()
-    explain, claim = Registry.explain, Ledger.claim
-    wanted = [request(gpu_vram_gb=40.0) for _ in range(6)]
+    looks, decided, all_decided = 0, 0, asyncio.Event()
+    examine, would_fit = Offers.examine, ReservationService._would_fit
+    requests = [request(gpu_vram_gb=40.0) for _ in range(6)]
 
-    async def explained(self: Registry, *arguments: Any) -> Misfits:
+    async def examined(self: Offers, **options: Any) -> AsyncGenerator[list[Any], None]:
         nonlocal looks
         looks += 1
-        await all_claimed.wait()
-        return await explain(self, *arguments)
+        await all_decided.wait()
+        async for rows in examine(self, **options):
+            yield rows
 
-    async def claimed(self: Ledger, *arguments: Any, **named: Any) -> Claim | Refused:
-        nonlocal claims
-        made = await claim(self, *arguments, **named)
-        claims += 1
-        if claims == len(wanted):
-            all_claimed.set()
-        return made
+    async def would(self: ReservationService, *arguments: Any) -> bool:
+        nonlocal decided
+        decided += 1
+        if decided == len(requests):
+            all_decided.set()
+        return await would_fit(self, *arguments)
 
-    monkeypatch.setattr("chiffon.reservations.EXPLAINED_SECONDS", 60.0)
-    monkeypatch.setattr(Registry, "explain", explained)
-    monkeypatch.setattr(Ledger, "claim", claimed)
+    monkeypatch.setattr("chiffon.capacity.reservations.EXPLAINED_SECONDS", 60.0)
+    monkeypatch.setattr(Offers, "examine", examined)
+    monkeypatch.setattr(ReservationService, "_would_fit", would)
     await record(registry, rig(gpu(0, 24.0, 24.0)))
 
     async def refused(one: CapacityReserve) -> str:
@@ -703,32 +685,45 @@ async def test_those_who_are_refused_the_same_at_once_share_one_look(
             await service.reserve(one)
         return error.value.message
 
-    said = await asyncio.gather(*(refused(one) for one in wanted))
+    said = await asyncio.gather(*(refused(one) for one in requests))
 
     assert len(set(said)) == 1
     assert "too little free VRAM" in said[0]
     assert looks == 1
 
 
-async def test_claims_are_read_from_the_index_of_the_offers(
-    registry: Registry, database: Connection
+@pytest.mark.parametrize(
+    ("name", "pool", "index"),
+    [
+        ("find", None, "idx_agent_registry_offers"),
+        ("find_in_pool", "default", "idx_agent_registry_pool_offers"),
+        ("lock_candidates", None, "idx_agent_registry_offers"),
+        ("lock_candidates_in_pool", "default", "idx_agent_registry_pool_offers"),
+    ],
+)
+async def test_candidates_are_read_from_the_index_of_the_offers(
+    registry: Registry, database: Connection, name: str, pool: str | None, index: str
 ) -> None:
     await record(registry, rig(gpu(0, 24.0, 24.0)))
-    for name, value in IN_ORDER.items():
-        await database.execute(f"SET {name} = '{value}'")
-    for statement, pool, index in (
-        (CLAIM_IN_ORDER, None, "idx_agent_registry_offers"),
-        (CLAIM_IN_POOL, "default", "idx_agent_registry_pool_offers"),
-    ):
-        wanted = request(gpu_vram_gb=20.0, pool_name=pool)
-        claim = (uuid4(), wanted.holder, wanted.idempotency_key, b"", 60.0, 0)
-        prepared = await database.prepare(f"EXPLAIN {statement}")
+    for setting, value in IN_ORDER.items():
+        await database.execute(f"SET {setting} = '{value}'")
+    asked = request(gpu_vram_gb=20.0, pool_name=pool)
+    statement = STATEMENTS[name]
+    prepared = await database.prepare(f"EXPLAIN {statement.text}")
+    others = {
+        "holder": asked.holder,
+        "idempotency_key": asked.idempotency_key,
+        "most": 1,
+        "skipped": 0,
+        "without": [],
+    }
+    given = {**wanted(asked.needs()), **others}
 
-        plan = await prepared.fetch(*asked(wanted.needs(), 1), *taken(wanted), *claim)
+    plan = await prepared.fetch(*(given[one] for one in statement.parameters))
 
-        lines = [row[0] for row in plan]
-        assert any(f"Index Scan using {index} on agent_registry r" in line for line in lines)
-        assert not any("Seq Scan on agent_registry" in line for line in lines)
+    lines = [row[0] for row in plan]
+    assert any(f"Index Scan using {index} on agent_registry r" in line for line in lines), lines
+    assert not any("Seq Scan on agent_registry" in line for line in lines)
 
 
 async def test_those_who_are_refused_leave_connections_for_others(
@@ -741,7 +736,7 @@ async def test_those_who_are_refused_leave_connections_for_others(
     )
 
     async def are_looking() -> bool:
-        return bool(await database.fetchval(looking) == EXPLAINED_AT_ONCE)
+        return bool(await database.fetchval(looking) == EXAMINED_AT_ONCE)
 
     held = database.transaction()
     await held.start()

@@ -1,85 +1,24 @@
-"""What is left of an agent's room: the functions in the database against plain Python."""
+"""What is left of an agent through the life of a job, and what SQL may leave out."""
 
-import json
-from dataclasses import dataclass
+from contextlib import suppress
+from random import Random
 from typing import Any, TypeAlias
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import asyncpg
-import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from chiffon.capacity import OrchestratorService
-from chiffon.messages import CapacityQuery, Reservation
-from chiffon.registry import Registry, asyncpg_url
-from chiffon.reservations import ReservationService
+from chiffon.capacity.reservations import ReservationService
+from chiffon.capacity.room import Wanted, fits
+from chiffon.capacity.service import OrchestratorService
+from chiffon.contract.messages import CapacityQuery, CapacityReserve, Reservation, StatusUpdate
+from chiffon.errors import InsufficientCapacity
+from chiffon.registry.pool import asyncpg_url
+from chiffon.registry.registry import Registry
+from chiffon.registry.rows import Candidate
 from tests.fixtures.rooms import gpu, record, request, rig
-from tests.fixtures.servers import Databases
+from tests.fixtures.servers import Servers, new_database
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
-
-
-@dataclass(frozen=True)
-class Holder:
-    """A reservation: what it took, what was free before it, what it is seen to use."""
-
-    taken: int
-    before: int
-    seen: int | None
-
-
-def left(live: int, total: int | None, holders: list[Holder]) -> int:
-    """Say what ``chiffon_left`` should say, one step after the other."""
-    idle = live + sum(one.seen or 0 for one in holders)
-    unused = [max(one.taken - one.seen, 0) for one in holders if one.seen is not None]
-    vague = [one for one in holders if one.seen is None]
-    remaining = [one.taken for one in vague]
-    for place, one in enumerate(vague):
-        until = vague[place + 1].before if place + 1 < len(vague) else idle
-        became_less = max(one.before - max(until, idle), 0)
-        for earlier in range(place + 1):
-            explained = min(remaining[earlier], became_less)
-            remaining[earlier] -= explained
-            became_less -= explained
-    most = total if total is not None else max([idle, *(one.before for one in holders)])
-    bound = most - sum(one.taken for one in holders)
-    return max(min(bound, live - sum(unused) - sum(remaining)), 0)
-
-
-amounts = st.integers(0, 40)
-holders = st.lists(st.builds(Holder, st.integers(1, 20), amounts, st.none() | amounts), max_size=6)
-
-
-async def test_what_is_left_is_what_plain_python_says(databases: Databases) -> None:
-    async with databases.new(migrated=True) as url:
-        connection = await asyncpg.connect(asyncpg_url(url))
-        cases: list[tuple[int, int | None, list[Holder]]] = []
-
-        @settings(max_examples=400, suppress_health_check=list(HealthCheck))
-        @given(amounts, st.none() | st.integers(20, 60), holders)
-        def collect(live: int, total: int | None, found: list[Holder]) -> None:
-            cases.append((live, total, found))
-
-        collect()
-        try:
-            for live, total, found in cases:
-                answer = await connection.fetchval(
-                    "SELECT chiffon_left($1::int::numeric, $2::int::numeric, $3::int[]::numeric[],"
-                    " $4::int[]::numeric[], $5::int[]::numeric[])",
-                    live,
-                    total,
-                    [one.taken for one in found],
-                    [one.before for one in found],
-                    [one.seen for one in found],
-                )
-                assert answer == left(live, total, found), (live, total, found)
-                # Never more than is free, and never more than nobody has taken.
-                assert answer <= live
-                if total is not None:
-                    assert answer <= max(total - sum(one.taken for one in found), 0)
-        finally:
-            await connection.close()
 
 
 async def free(registry: Registry) -> float:
@@ -224,33 +163,62 @@ async def test_a_gpu_without_memory_of_its_own_shares_the_hosts(registry: Regist
     assert (offer.gpu_vram_available_gb, offer.memory_available_gb) == (15.0, 15.0)
 
 
-@pytest.mark.parametrize(
-    "metrics",
-    [
-        "[]",
-        "{}",
-        '"x"',
-        '{"gpus": 7}',
-        '{"gpus": [7, null, {}, {"uuid": 3, "vram_available_gb": "x"}], "observed": {"a": 1}}',
-        '{"gpus": [{"vram_available_gb": 1e400}], "gpu_vram_available_gb": 1e400}',
-        '{"cpu_cores_available": "many", "observed": [1, {"reservation_id": 5, "gpus": 5}]}',
-        '{"kept": 5, "gpu_type": []}',
-    ],
-)
-async def test_nothing_that_others_write_makes_it_fail(database: Connection, metrics: str) -> None:
-    held = {
-        str(UUID(int=1)): {
-            "fence": 1,
-            "gpus": {"index 0": [4, 10]},
-            "cores": [1, 4],
-            "memory": [1, 8],
-            "chosen": [],
-        }
-    }
-    room = await database.fetchval(
-        "SELECT chiffon_room_left($1::jsonb, $2::jsonb)", metrics, json.dumps(held)
+def fleet_of(chance: Random) -> list[StatusUpdate]:
+    """Return the heartbeats of a few agents, most of which could take something."""
+    return [
+        rig(
+            *(gpu(index, float(chance.randint(0, 40))) for index in range(chance.randint(0, 3))),
+            status="busy" if chance.random() < 0.1 else "online",
+            agent_type=chance.choice(["desktop", "desktop", "research"]),
+            pool_name=chance.choice(["default", "lab"]),
+            capabilities=chance.choice([[], ["gpu"], ["gpu", "ssd"]]),
+            resources={
+                "gpu_type": chance.choice(["nvidia", "nvidia", "amd", None]),
+                "cpu_cores_available": chance.choice([None, 2, 8, 16]),
+                "memory_available_gb": chance.choice([None, 4.0, 32.0]),
+            },
+        )
+        for _ in range(chance.randint(1, 8))
+    ]
+
+
+def request_of(chance: Random) -> CapacityReserve:
+    """Return a request that some of such agents can take."""
+    return request(
+        gpu_vram_gb=float(chance.randint(0, 20)),
+        gpus=chance.choice([1, 1, 2]),
+        cpu_cores=chance.randint(1, 6),
+        memory_gb=float(chance.choice([0, 2, 16])),
+        agent_type=chance.choice([None, "desktop"]),
+        pool_name=chance.choice([None, None, "lab"]),
+        gpu_type=chance.choice([None, None, "nvidia"]),
+        capabilities=chance.choice([[], [], ["gpu"]]),
     )
 
-    assert len(room) == 4
-    assert all(one >= 0 for one in room)
-    await database.fetchval("SELECT chiffon_take($1::jsonb, NULL, 1, 1, 0, 0)", metrics)
+
+async def test_sql_leaves_out_nobody_whom_the_rules_would_take(servers: Servers) -> None:
+    """Random fleets, with random reservations on them: who fits by ``room`` is found by SQL."""
+    fitting = 0
+    async with new_database(servers, migrated=True) as url, Registry.open(url) as registry:
+        database = await asyncpg.connect(asyncpg_url(url))
+        service = ReservationService(registry)
+        for seed in range(60):
+            chance = Random(seed)
+            await database.execute("TRUNCATE agent_registry, reservation")
+            await record(registry, *fleet_of(chance))
+            for one in [request_of(chance) for _ in range(4)]:
+                wanted = Wanted.of(one)
+                everybody = [
+                    Candidate.examined(row)
+                    async for rows in registry.offers.examine(with_metrics=True)
+                    for row in rows
+                ]
+                by_rules = {each.agent_id for each in everybody if fits(each, wanted)}
+                found = await registry.offers.find(wanted.needs, 100)
+                by_sql = {each.agent_id for each in found.candidates}
+                assert by_rules <= by_sql, (seed, one)
+                fitting += len(by_rules)
+                with suppress(InsufficientCapacity):
+                    await service.reserve(one)
+        await database.close()
+    assert fitting > 50, "nothing was compared"

@@ -9,20 +9,18 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from chiffon.agent import BaseAgent
-from chiffon.encoding import encode, routing_key
+from chiffon import BaseAgent, PlannerClient
+from chiffon.amqp.connection import dial_any
+from chiffon.amqp.declare import declare, declare_exchange
+from chiffon.contract.codec import encode, routing_key
+from chiffon.contract.topology import Exchange, Topology
 from chiffon.errors import BadConfiguration, TopologyMissing
-from chiffon.planner import PlannerClient
-from chiffon.provisioning import check, declare, declare_exchange
-from chiffon.registry import Registry
-from chiffon.resharding import Left, retire, retire_all
-from chiffon.session import dial_any
+from chiffon.registry.registry import Registry
 from chiffon.settings import load
-from chiffon.topology import Exchange, Topology
 from tests.fixtures import plain
 from tests.fixtures.heartbeats import update
 from tests.fixtures.plain import Queues
-from tests.fixtures.resources import NoResources
+from tests.fixtures.resources import FixedResources
 from tests.fixtures.servers import Management
 from tests.fixtures.system import orchestrating
 from tests.fixtures.waiting import until
@@ -38,9 +36,10 @@ async def is_degraded(planner: PlannerClient) -> bool:
 async def test_heartbeats_are_shared_out_and_those_of_an_agent_stay_together(
     amqp_url: str, queues: Queues
 ) -> None:
-    session = await dial_any(amqp_url, "test")
-    await declare(session, Topology.of(3))
-    await session.close()
+    """Every shard has to be proven first."""
+    connection = await dial_any(amqp_url, "test")
+    await declare(connection, Topology.of(3))
+    await connection.close()
     sent = [update() for _ in range(300)]
     async with plain.channel(amqp_url) as to:
         for one in (*sent, *sent):
@@ -70,7 +69,7 @@ async def test_orchestrators_of_one_shard_each_record_the_whole_fleet(
             await plain.publish(to, HEARTBEATS, routing_key(one), encode(one), KIND)
 
         async def all_are_there() -> bool:
-            return len(await registry.list_agents()) == len(sent)
+            return len(await registry.agents.list()) == len(sent)
 
         async def is_whole() -> bool:
             return not await is_degraded(planner)
@@ -79,6 +78,7 @@ async def test_orchestrators_of_one_shard_each_record_the_whole_fleet(
         await until(is_whole, "both shards and their exchange proven")
 
 
+@pytest.mark.deep
 async def test_a_shard_that_nobody_reads_is_our_trouble_and_not_its_agents(
     amqp_url: str, database_url: str, registry: Registry
 ) -> None:
@@ -91,7 +91,7 @@ async def test_a_shard_that_nobody_reads_is_our_trouble_and_not_its_agents(
         planner = await stack.enter_async_context(PlannerClient.open(amqp_url))
         agents = [
             await stack.enter_async_context(
-                BaseAgent(amqp_url, interval_seconds=0.5, resources=NoResources())
+                BaseAgent(amqp_url, interval_seconds=0.5, resources=FixedResources())
             )
             for _ in range(12)
         ]
@@ -99,7 +99,7 @@ async def test_a_shard_that_nobody_reads_is_our_trouble_and_not_its_agents(
         async def heard() -> set[UUID]:
             return {
                 row.agent_id
-                for row in await registry.list_agents()
+                for row in await registry.agents.list()
                 if row.age_seconds is not None and row.age_seconds < 3.0
             }
 
@@ -114,7 +114,7 @@ async def test_a_shard_that_nobody_reads_is_our_trouble_and_not_its_agents(
             await until(is_whole, "an answer that is not degraded")
         # The lease and the time to dial again, from the last heartbeat that was read.
         await asyncio.sleep(5.0 * 4 / 3 + 2)
-        rows = {row.agent_id: row for row in await registry.list_agents()}
+        rows = {row.agent_id: row for row in await registry.agents.list()}
         assert 0 < len(await heard()) < len(agents), "one shard is read and the other is not"
         assert {row.status for row in rows.values()} == {"online"}
         assert await is_degraded(planner)
@@ -129,6 +129,7 @@ async def test_a_shard_that_nobody_reads_is_our_trouble_and_not_its_agents(
 async def test_an_exchange_that_is_not_bound_any_more_degrades_answers(
     amqp_url: str, database_url: str, management: Management
 ) -> None:
+    """The path counts as proven for 5 s after its last canary."""
     vhost = amqp_url.rpartition("/")[2]
     async with (
         orchestrating(amqp_url, database_url, ingest_shards=2),
@@ -145,105 +146,48 @@ async def test_an_exchange_that_is_not_bound_any_more_degrades_answers(
         await until(lambda: is_degraded(planner), "a degraded answer")
 
 
-class Traffic:
-    """A fleet that speaks without a pause; now and then an agent leaves for good."""
-
-    def __init__(self) -> None:
-        self.confirmed: dict[UUID, int] = {}
-        self.left: list[UUID] = []
-
-    async def run(self, to: Any) -> None:
-        """Publish until cancelled."""
-        fleet = [update(interval_seconds=60.0) for _ in range(20)]
-        while True:
-            for number, one in enumerate(fleet):
-                await plain.publish(to, HEARTBEATS, routing_key(one), encode(one), KIND)
-                self.confirmed[one.agent_id] = one.sequence
-                if one.is_farewell:
-                    self.left.append(one.agent_id)
-                    fleet[number] = update(interval_seconds=60.0)
-                    continue
-                sequence = one.sequence + 1
-                is_last = number % 10 == 0 and sequence % 5 == 0
-                change = {"sequence": sequence, "status": "offline" if is_last else "online"}
-                fleet[number] = one.model_copy(update=change)
-
-    async def left_more(self, count: int) -> None:
-        """Wait until so many more have left."""
-        wanted = len(self.left) + count
-
-        async def have_left() -> bool:
-            return len(self.left) >= wanted
-
-        await until(have_left, f"{count} more farewells")
-
-    async def is_recorded(self, registry: Registry) -> bool:
-        """Return whether the registry has what was confirmed, farewells included."""
-        rows = {row.agent_id: row for row in await registry.list_agents()}
-        return all(
-            (row := rows.get(agent_id)) is not None and (row.sequence or 0) >= sequence
-            for agent_id, sequence in self.confirmed.items()
-        ) and all(rows[agent_id].status == "offline" for agent_id in self.left)
-
-
-@pytest.mark.parametrize(("old", "new"), [(1, 2), (3, 2), (2, 1)])
-async def test_the_number_of_shards_is_changed_under_traffic_and_nothing_is_lost(
-    amqp_url: str,
-    database_url: str,
-    registry: Registry,
-    queues: Queues,
-    management: Management,
-    old: int,
-    new: int,
+@pytest.mark.deep
+async def test_another_number_of_shards_takes_over_as_the_documentation_says(
+    amqp_url: str, database_url: str, management: Management, registry: Registry
 ) -> None:
-    told: list[list[Left]] = []
-    traffic = Traffic()
+    """Nobody is marked offline, and answers are whole at the end; a lease is waited for."""
+    vhost = amqp_url.rpartition("/")[2]
+    async with AsyncExitStack() as stack:
+        old = await stack.enter_async_context(AsyncExitStack())
+        await old.enter_async_context(orchestrating(amqp_url, database_url, ingest_shards=2))
+        planner = await stack.enter_async_context(PlannerClient.open(amqp_url))
+        agents = [
+            await stack.enter_async_context(
+                BaseAgent(amqp_url, interval_seconds=0.5, resources=FixedResources())
+            )
+            for _ in range(12)
+        ]
 
-    async def dial() -> Any:
-        return await dial_any(amqp_url, "test retires")
+        async def is_whole() -> bool:
+            return not await is_degraded(planner)
 
-    async def is_unbound() -> bool:
-        return bool(told)
+        await until(is_whole, "an answer that is not degraded")
+        await stack.enter_async_context(orchestrating(amqp_url, database_url, ingest_shards=3))
+        management.call("DELETE", f"exchanges/{vhost}/chiffon.shards.2")
 
-    async with AsyncExitStack() as stack, plain.channel(amqp_url) as to:
-        before = await stack.enter_async_context(AsyncExitStack())
-        await before.enter_async_context(orchestrating(amqp_url, database_url, ingest_shards=old))
-        speaking = asyncio.create_task(traffic.run(to))
-        await stack.enter_async_context(orchestrating(amqp_url, database_url, ingest_shards=new))
-        retiring = asyncio.create_task(
-            retire_all(dial, Topology.of(old), Topology.of(new), told.append)
-        )
-        await until(is_unbound, "the old queues are unbound, and wait for their orchestrator")
-        await traffic.left_more(3)
-        assert not retiring.done()
-        await before.aclose()
-        await asyncio.wait_for(retiring, 30)
-        await traffic.left_more(3)
-        speaking.cancel()
-        await asyncio.wait({speaking})
-        await until(lambda: traffic.is_recorded(registry), "what was confirmed")
+        async def are_empty() -> bool:
+            names = (f"chiffon.ingest.{number}-of-2" for number in (1, 2))
+            found = [management.call("GET", f"queues/{vhost}/{name}") for name in names]
+            return all(one.get("messages", 9) <= 2 for one in found)
 
-    assert {one.consumers for one in told[-1]} == {1}, "it waited for the old orchestrator"
-    names = [name for name in queues.names() if name.startswith("chiffon.ingest")]
-    assert sorted(names) == sorted(Topology.of(new).ingest)
-    exchanges = management.call("GET", f"exchanges/{amqp_url.rpartition('/')[2]}")
-    shared = {one["name"] for one in exchanges if one["name"].startswith("chiffon.shards")}
-    assert shared == ({f"chiffon.shards.{new}"} if new > 1 else set())
-    assert {one.verdict for one in await check(dial, Topology.of(new))} == {"ok"}
+        await until(are_empty, "old queues with canaries at most")
+        await old.aclose()
+        for number in (1, 2):
+            management.call("DELETE", f"queues/{vhost}/chiffon.ingest.{number}-of-2")
+        await asyncio.sleep(5.0 * 4 / 3 + 2)
+        rows = await registry.agents.list()
 
-
-async def test_nothing_is_retired_before_there_is_something_new(broker: str) -> None:
-    async def dial() -> Any:
-        return await dial_any(broker, "test")
-
-    session = await dial()
-    await declare(session, Topology.of(2))
-    await session.close()
-    with pytest.raises(TopologyMissing, match=r"nobody consumes .*First start orchestrators"):
-        await retire(dial, Topology.of(1), Topology.of(2))
-    assert {one.verdict for one in await check(dial)} == {"ok"}
+        assert len(rows) == len(agents)
+        assert all(row.age_seconds is not None and row.age_seconds < 3.0 for row in rows)
+        assert not await is_degraded(planner)
 
 
+@pytest.mark.deep
 async def test_queues_of_another_number_that_nobody_reads_take_nothing_from_the_others(
     amqp_url: str, database_url: str, registry: Registry
 ) -> None:
@@ -254,7 +198,7 @@ async def test_queues_of_another_number_that_nobody_reads_take_nothing_from_the_
         planner = await stack.enter_async_context(PlannerClient.open(amqp_url))
         agents = [
             await stack.enter_async_context(
-                BaseAgent(amqp_url, interval_seconds=0.5, resources=NoResources())
+                BaseAgent(amqp_url, interval_seconds=0.5, resources=FixedResources())
             )
             for _ in range(12)
         ]
@@ -263,11 +207,11 @@ async def test_queues_of_another_number_that_nobody_reads_take_nothing_from_the_
             return not await is_degraded(planner)
 
         await until(is_whole, "an answer that is not degraded")
-        session = await dial_any(amqp_url, "test")
-        await declare(session, Topology.of(3))
-        await session.close()
+        connection = await dial_any(amqp_url, "test")
+        await declare(connection, Topology.of(3))
+        await connection.close()
         await asyncio.sleep(5.0 * 4 / 3 + 2)  # a lease and the time to dial again
-        rows = await registry.list_agents()
+        rows = await registry.agents.list()
 
         assert len(rows) == len(agents)
         assert all(row.age_seconds is not None and row.age_seconds < 3.0 for row in rows)
@@ -279,17 +223,17 @@ async def test_a_clock_that_was_set_back_does_not_prove_a_path_of_which_a_part_i
 ) -> None:
     whole = ("shared", "one", "two")
     for part in whole:
-        await registry.mark_path_fresh(time.monotonic(), part=part, path=whole)
-    assert not (await registry.summary()).degraded
+        await registry.path.mark_fresh(time.monotonic(), part=part, path=whole)
+    assert not (await registry.agents.summary()).degraded
     # Seen from an hour before.
     later = "SET {0} = {0} + interval '1 hour'"
     await database.execute(f"UPDATE ingest_path {later.format('fresh_at')}")
     await database.execute(f"UPDATE ingest_part {later.format('fresh_at')}")
 
     for part in ("shared", "one"):
-        await registry.mark_path_fresh(time.monotonic(), part=part, path=whole)
-    assert (await registry.summary()).degraded
-    await registry.mark_path_fresh(time.monotonic(), part="two", path=whole)
+        await registry.path.mark_fresh(time.monotonic(), part=part, path=whole)
+    assert (await registry.agents.summary()).degraded
+    await registry.path.mark_fresh(time.monotonic(), part="two", path=whole)
 
     fresh = await database.fetchval("SELECT now() - fresh_at < interval '1 s' FROM ingest_path")
     assert fresh
@@ -299,21 +243,21 @@ async def test_a_path_is_as_fresh_as_the_least_fresh_of_its_parts(registry: Regi
     whole = ("shared", "one", "two")
     now = time.monotonic()
     for part in whole[:2]:
-        await registry.mark_path_fresh(now, part=part, path=whole)
-    assert (await registry.summary()).degraded, "one was never proven"
-    await registry.mark_path_fresh(now - 6.0, part="two", path=whole)
-    assert (await registry.summary()).degraded, "it was held for too long to prove anything"
-    await registry.mark_path_fresh(now, part="two", path=whole)
-    assert not (await registry.summary()).degraded
+        await registry.path.mark_fresh(now, part=part, path=whole)
+    assert (await registry.agents.summary()).degraded, "one was never proven"
+    await registry.path.mark_fresh(now - 6.0, part="two", path=whole)
+    assert (await registry.agents.summary()).degraded, "it was held for too long to prove anything"
+    await registry.path.mark_fresh(now, part="two", path=whole)
+    assert not (await registry.agents.summary()).degraded
 
 
 async def test_a_broker_without_the_plugin_is_told_apart(amqp_url: str) -> None:
-    session = await dial_any(amqp_url, "test")
-    channel = await session.channel()
+    connection = await dial_any(amqp_url, "test")
+    channel = await connection.channel()
 
     with pytest.raises(TopologyMissing, match="rabbitmq-plugins enable rabbitmq_consistent_hash"):
         await declare_exchange(channel, Exchange("chiffon.shards.2", "x-there-is-none"))
-    await session.close()
+    await connection.close()
 
 
 def test_a_shard_that_there_is_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

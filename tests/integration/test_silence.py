@@ -1,12 +1,11 @@
-"""An agent that falls silent, seen by a whole orchestrator: canary, ingest, sweeper, answers."""
+"""An agent that becomes silent, seen by a whole orchestrator: canary, ingest, sweeper, answers."""
 
 import asyncpg
 
-from chiffon.agent import BaseAgent
-from chiffon.encoding import encode, routing_key
-from chiffon.messages import CapacityQuery
-from chiffon.planner import PlannerClient
-from chiffon.registry import Registry
+from chiffon import BaseAgent, PlannerClient
+from chiffon.contract.codec import encode, routing_key
+from chiffon.contract.messages import CapacityQuery
+from chiffon.registry.registry import Registry
 from tests.fixtures import plain
 from tests.fixtures.heartbeats import update
 from tests.fixtures.system import orchestrating
@@ -47,16 +46,16 @@ async def test_the_silent_are_not_offered_and_then_marked_while_who_speaks_stays
             return await offered() == {speaker.identity.agent_id}
 
         await until(not_offered, "only who speaks is offered")
-        row = await registry.show(silent.agent_id)
+        row = await registry.agents.show(silent.agent_id)
         assert row is not None
         assert row.status == "online", "not offered, and not yet marked"
 
         async def marked() -> bool:
-            row = await registry.show(silent.agent_id)
+            row = await registry.agents.show(silent.agent_id)
             return row is not None and row.status == "offline"
 
         await until(marked, "the silent agent offline")
-        kept = await registry.show(speaker.identity.agent_id)
+        kept = await registry.agents.show(speaker.identity.agent_id)
         assert kept is not None
         assert kept.status == "online"
 

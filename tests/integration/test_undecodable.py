@@ -1,16 +1,18 @@
 """Messages whose AMQP properties no library can decode, sent over a bare socket."""
 
+import asyncio
 import json
 from uuid import uuid4
 
 import pytest
 
-from chiffon.encoding import encode, routing_key
-from chiffon.messages import CapacityQuery
-from chiffon.planner import PlannerClient
-from chiffon.registry import Registry
+from chiffon import PlannerClient
+from chiffon.contract.codec import encode, routing_key
+from chiffon.contract.messages import CapacityQuery
+from chiffon.registry.registry import Registry
 from tests.fixtures import plain, raw
 from tests.fixtures.bombs import BOMBS, KIND, nested, short
+from tests.fixtures.command import run_apart
 from tests.fixtures.heartbeats import update
 from tests.fixtures.plain import Queues
 from tests.fixtures.system import consumers, orchestrating
@@ -41,11 +43,11 @@ async def test_no_property_stops_ingest_and_each_is_set_aside_with_its_reason(
         )
 
         async def is_recorded() -> bool:
-            return await registry.show(after.agent_id) is not None
+            return await registry.agents.show(after.agent_id) is not None
 
         await until(is_recorded, "the heartbeat after them")
         assert await consumers(amqp_url, "chiffon.ingest") == 1
-        recorded = await registry.list_agents()
+        recorded = await registry.agents.list()
 
     assert {agent.agent_id for agent in recorded} == {before.agent_id, after.agent_id}
     reasons = {}
@@ -81,6 +83,20 @@ async def test_no_property_stops_the_responder_or_a_planner(
     assert answer.agents == []
 
 
+async def test_dead_letters_that_cannot_be_decoded_are_listed(broker: str, amqp_url: str) -> None:
+    """In a process of its own: one that has run an orchestrator decodes them anyway."""
+    async with raw.channel(broker) as publisher:
+        for properties, _ in BOMBS.values():
+            await publisher.publish("", b"chiffon.dead-letters", b"{}", {**KIND, **properties})
+
+    done = await asyncio.to_thread(
+        run_apart, "bus", "dead-letters", "list", "-o", "json", CHIFFON_AMQP_URL=amqp_url
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)) == len(BOMBS)
+
+
 @pytest.mark.parametrize("depth", [1, 400])
 async def test_headers_that_can_be_read_are_no_reason_to_refuse(
     amqp_url: str, database_url: str, registry: Registry, depth: int
@@ -96,6 +112,6 @@ async def test_headers_that_can_be_read_are_no_reason_to_refuse(
             )
 
         async def is_recorded() -> bool:
-            return await registry.show(one.agent_id) is not None
+            return await registry.agents.show(one.agent_id) is not None
 
         await until(is_recorded, "the heartbeat")

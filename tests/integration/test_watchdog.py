@@ -4,12 +4,13 @@ import asyncio
 
 import pytest
 
-from chiffon import orchestrator, watchdog
-from chiffon.encoding import encode, routing_key
+from chiffon.contract.codec import encode, routing_key
 from chiffon.errors import ConsumerStuck
-from chiffon.ingest import Ingest
-from chiffon.registry import Registry
-from chiffon.watchdog import Watchdog
+from chiffon.orchestrator import process as orchestrator
+from chiffon.orchestrator import watchdog
+from chiffon.orchestrator.ingest import Ingest
+from chiffon.orchestrator.watchdog import Watchdog
+from chiffon.registry.registry import Registry
 from tests.fixtures import plain
 from tests.fixtures.heartbeats import update
 from tests.fixtures.system import consumers, orchestrating, settings
@@ -56,7 +57,7 @@ async def test_a_consumer_that_the_broker_does_not_see_is_started_anew(
             )
 
         async def is_recorded() -> bool:
-            return await registry.show(one.agent_id) is not None
+            return await registry.agents.show(one.agent_id) is not None
 
         await until(is_recorded, "the heartbeat that waited")
         assert await consumers(amqp_url, "chiffon.ingest") == 1
@@ -65,7 +66,10 @@ async def test_a_consumer_that_the_broker_does_not_see_is_started_anew(
 async def test_messages_that_wait_and_are_not_delivered_are_noticed_beside_other_consumers(
     amqp_url: str, database_url: str, registry: Registry, ingests: list[Ingest]
 ) -> None:
-    """Somebody else's consumer that takes nothing keeps the broker's count above zero."""
+    """Somebody else's consumer that takes nothing keeps the broker's count above zero.
+
+    The watchdog looks every 2 s.
+    """
     async with orchestrating(amqp_url, database_url), plain.channel(amqp_url) as other:
         await deafen(ingests[0])
         await other.set_qos(prefetch_count=1)
@@ -88,6 +92,8 @@ async def test_messages_that_wait_and_are_not_delivered_are_noticed_beside_other
 async def test_a_consumer_that_no_fresh_connection_helps_ends_the_process(
     amqp_url: str, database_url: str, ingests: list[Ingest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Three connections are tried, a second each."""
+
     async def blind(*_: object) -> tuple[int, int]:
         return 5, 0
 

@@ -8,18 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from chiffon.messages import SCALAR_METRICS
+from chiffon.contract.messages import SCALAR_METRICS
+from tests.fixtures.command import run as chiffon
 
 BROKER, DATABASE = "CHIFFON_AMQP_URL", "CHIFFON_DATABASE_URL"
-
-
-def chiffon(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "chiffon", *arguments],
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-    )
 
 
 def broker(url: str) -> dict[str, str]:
@@ -80,7 +72,7 @@ def test_a_mistake_is_one_clear_message_with_its_exit_code_and_no_password(
 
 
 def test_probe_prints_exactly_the_body_that_would_be_sent(tmp_path: Path) -> None:
-    from chiffon.encoding import decode_heartbeats
+    from chiffon.contract.codec import decode_heartbeat
 
     done = chiffon(
         "agent", "probe", "-o", "json", "--pool-name", "lab", CHIFFON_STATE_DIR=str(tmp_path)
@@ -90,7 +82,7 @@ def test_probe_prints_exactly_the_body_that_would_be_sent(tmp_path: Path) -> Non
     body = done.stdout.encode().strip()
     content = json.loads(body)
     key = f"heartbeat.lab.desktop.{content['agent_id']}"
-    [update], _ = decode_heartbeats(body, key)
+    update = decode_heartbeat(body, key)
     assert (update.sequence, update.status) == (1, "online")
     assert content["resources"]["memory_available_gb"] > 0
     assert list(tmp_path.iterdir()) == [], "a probe leaves nothing behind"

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from uuid import UUID
 
-from chiffon.messages import Reservation
-from chiffon.registry import Registry
-from chiffon.reservations import ReservationService
+from chiffon.capacity.reservations import ReservationService
+from chiffon.contract.messages import Reservation
+from chiffon.registry.registry import Registry
 from tests.fixtures.rooms import gpu, record, request, rig
 from tests.fixtures.system import orchestrating
 from tests.fixtures.waiting import until
@@ -41,6 +41,7 @@ async def line(of: "subprocess.Popen[str]") -> str:
 async def test_a_killed_planner_gives_its_room_back_within_its_lease(
     amqp_url: str, database_url: str, registry: Registry
 ) -> None:
+    """A process starts, and its lease of seconds is waited for."""
     service = ReservationService(registry)
     await record(registry, rig(gpu(0, 24.0), interval_seconds=60.0))
     async with orchestrating(amqp_url, database_url):

@@ -12,8 +12,8 @@ from uuid import uuid4
 
 import asyncpg
 
-from chiffon.encoding import encode, routing_key
-from chiffon.registry import Registry
+from chiffon.contract.codec import encode, routing_key
+from chiffon.registry.registry import Registry
 from tests.fixtures import plain
 from tests.fixtures.heartbeats import update
 from tests.fixtures.system import consumers
@@ -62,6 +62,7 @@ async def test_kill_9_between_receipt_and_commit_loses_and_doubles_nothing(
     database: "asyncpg.Connection[Any]",
     tmp_path: Path,
 ) -> None:
+    """Two orchestrators start, as processes."""
     known = uuid4()
     sent = [update(known, sequence=5, interval_seconds=60.0)]
     sent += [update(interval_seconds=60.0) for _ in range(49)]
@@ -89,7 +90,7 @@ async def test_kill_9_between_receipt_and_commit_loses_and_doubles_nothing(
         await until(waits_for_the_lock, "a batch in the middle of its commit")
         first.send_signal(signal.SIGKILL)
         assert await first.wait() == -signal.SIGKILL
-        assert await registry.list_agents() == [], "nothing was committed before the kill"
+        assert await registry.agents.list() == [], "nothing was committed before the kill"
 
         async def is_back() -> bool:
             return (await plain.depth(amqp_url, "chiffon.ingest"))[0] == len(sent)
@@ -100,10 +101,10 @@ async def test_kill_9_between_receipt_and_commit_loses_and_doubles_nothing(
     async with process(amqp_url, database_url, log) as second:
 
         async def all_there() -> bool:
-            return len(await registry.list_agents()) == len(sent)
+            return len(await registry.agents.list()) == len(sent)
 
         await until(all_there, "every agent in the registry")
-        before = await registry.list_agents()
+        before = await registry.agents.list()
         async with plain.channel(amqp_url) as to:
             for one in [update(known, sequence=4, status="busy"), *sent]:
                 await plain.publish(
@@ -115,10 +116,10 @@ async def test_kill_9_between_receipt_and_commit_loses_and_doubles_nothing(
             )
 
         async def marked() -> bool:
-            return await registry.show(marker.agent_id) is not None
+            return await registry.agents.show(marker.agent_id) is not None
 
         await until(marked, "the last heartbeat in the registry")
-        after = {row.agent_id: row for row in await registry.list_agents()}
+        after = {row.agent_id: row for row in await registry.agents.list()}
         for row in before:
             assert after[row.agent_id].last_heartbeat_at == row.last_heartbeat_at
             assert after[row.agent_id].sequence == row.sequence

@@ -20,14 +20,14 @@ from tests.fixtures.up import Running, state_folder
 
 CHROMIUM = shutil.which("chromium")
 
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="there is no chromium: apt-get install chromium"
-)
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium"),
+]
 
 RIGS = """
 import asyncio, sys
-from chiffon.agent import BaseAgent
-from chiffon.messages import ResourceMetrics
+from chiffon import BaseAgent
+from chiffon.contract.messages import ResourceMetrics
 
 class Rig:
     def __init__(self, vram, cores, problem=None):
@@ -165,6 +165,7 @@ def test_this_machine_is_shown_and_the_page_is_live(page: Page) -> None:
 def test_agents_are_sorted_filtered_and_found_by_the_address(
     page: Page, addresses: dict[str, str]
 ) -> None:
+    """A browser, and agents that have to be heard first."""
     own = os.uname().nodename
     with rigs(addresses, "lab"):
         expect(row(page, "rig-10", "lab")).to_contain_text("75.5 / 80.0 GiB")
@@ -199,7 +200,8 @@ def test_agents_are_sorted_filtered_and_found_by_the_address(
 def test_an_agent_that_is_killed_goes_offline_on_the_page(
     page: Page, addresses: dict[str, str]
 ) -> None:
-    # One alone: three of a pool that fall silent at once are an outage, and not marked.
+    # One alone: three of a pool that become silent at once are an outage, and not marked.
+    """It is waited for until a lease is over."""
     with rigs(addresses, "desks", ["rig-2"]) as process:
         page.locator("#filters").get_by_label("Search").fill("desks")
         expect(row(page, "rig-2")).to_contain_text("● online")
@@ -214,6 +216,7 @@ def test_an_agent_that_is_killed_goes_offline_on_the_page(
 def test_an_agent_is_shown_with_its_gpus_its_body_and_its_history(
     page: Page, addresses: dict[str, str]
 ) -> None:
+    """A browser, and a history of several heartbeats."""
     with rigs(addresses, "shown"):
         row(page, "rig-10", "shown").filter(has_text="● online").get_by_role("link").click()
 
@@ -276,6 +279,7 @@ def test_on_a_phone_agents_are_cards_that_fit(browser: Browser, addresses: dict[
 def test_a_gateway_that_was_killed_is_come_back_to(
     watched: Watched, up: Running, addresses: dict[str, str]
 ) -> None:
+    """A gateway starts again, and the page asks again after a pause."""
     page = watched.page
     expect(page.locator("#line")).to_contain_text("● live")
     [gateway] = [child for child in up.children() if "gateway" in child.cmdline()]

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -9,26 +10,41 @@ from pathlib import Path
 
 import pytest
 
-from chiffon.receipt import Receipt
-from chiffon.registry import Registry
+from chiffon.registry.registry import Registry
+from chiffon.registry.rows import Received
 from chiffon.settings import Settings
+from tests.fixtures.command import run as chiffon
 from tests.fixtures.heartbeats import update
 from tests.fixtures.system import orchestrating
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PROJECT = Path(__file__).parents[2]
+DOCS = PROJECT / "docs"
+README = (PROJECT / "README.md").read_text()
+TEXTS = [README, *(page.read_text() for page in sorted(DOCS.glob("*.md")))]
 COMMANDS = sorted(
-    {line.removeprefix("$ ") for line in README.splitlines() if line.startswith("$ chiffon ")}
+    {
+        line.removeprefix("$ ")
+        for text in TEXTS
+        for line in text.splitlines()
+        if line.startswith("$ chiffon ")
+    }
 )
 
 
-async def run(program: str, amqp_url: str) -> str:
+def program(text: str, uses: str) -> str:
+    """Return the program of a text that uses something."""
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    [found] = [block for block in blocks if uses in block]
+    return str(found)
+
+
+async def run(source: str, amqp_url: str) -> str:
     import asyncio
 
     done = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
-        program,
+        source,
         env={**os.environ, "CHIFFON_AMQP_URL": amqp_url},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -41,9 +57,9 @@ async def run(program: str, amqp_url: str) -> str:
 async def test_the_planner_example_prints_who_has_room(
     amqp_url: str, database_url: str, registry: Registry
 ) -> None:
-    await registry.record([Receipt(update(hostname="rig-7"), time.monotonic())])
+    await registry.heartbeats.record([Received(update(hostname="rig-7"), time.monotonic())])
     async with orchestrating(amqp_url, database_url):
-        said = await run(PYTHON_BLOCKS[0], amqp_url)
+        said = await run(program(README, "planner.find"), amqp_url)
 
     assert said == "rig-7 20.5 14\n"
 
@@ -52,25 +68,32 @@ async def test_the_agent_example_is_busy_and_then_says_farewell(
     amqp_url: str, database_url: str, registry: Registry
 ) -> None:
     async with orchestrating(amqp_url, database_url):
-        await run(PYTHON_BLOCKS[1], amqp_url)
+        await run(program((DOCS / "agents.md").read_text(), "BaseAgent"), amqp_url)
 
-    [agent] = await registry.list_agents()
+    [agent] = await registry.agents.list()
     assert (agent.status, agent.capabilities) == ("offline", ["gpu"])
     assert agent.sequence >= 2
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_of_the_readme_exists(command: str) -> None:
-    words = command.split()[1:]
-
-    done = subprocess.run(
-        [sys.executable, "-m", "chiffon", *words, "--help"], capture_output=True, text=True
-    )
+def test_every_command_of_the_documentation_exists(command: str) -> None:
+    done = chiffon(*shlex.split(command)[1:], "--help")
 
     assert done.returncode == 0, done.stderr
 
 
-def test_every_setting_is_in_the_readme_and_no_other() -> None:
-    named = set(re.findall(r"CHIFFON_[A-Z_]+", README))
+def test_the_architecture_page_is_what_the_code_is() -> None:
+    """``make architecture`` writes it."""
+    drawn = subprocess.run(
+        [sys.executable, str(DOCS / "draw_architecture.py"), "--print"],
+        capture_output=True,
+        text=True,
+    )
+
+    assert drawn.stdout == (DOCS / "architecture.md").read_text(), drawn.stderr
+
+
+def test_every_setting_is_documented_and_no_other() -> None:
+    named = set(re.findall(r"CHIFFON_[A-Z_]+", (DOCS / "settings.md").read_text()))
 
     assert named == {f"CHIFFON_{name.upper()}" for name in Settings.model_fields}

@@ -32,7 +32,10 @@ def wait_until_gone(processes: list[psutil.Process], seconds: float = 30.0) -> N
 def test_a_killed_up_takes_its_children_with_it_and_the_next_one_shows_this_machine(
     state: Path,
 ) -> None:
-    """On private servers, from nothing, and then on what the kill has left."""
+    """On private servers, from nothing, and then on what the kill has left.
+
+    Two brokers and two databases start, one after the other.
+    """
     running = Running(state)
     try:
         running.ready()
@@ -82,6 +85,7 @@ def shows_this_machine(state: Path) -> None:
 def test_up_uses_given_servers_restarts_what_ends_and_ends_in_order(
     servers: Servers, amqp_url: str, database_url: str, state: Path
 ) -> None:
+    """Whole processes start, and start again after a pause."""
     given = {"CHIFFON_AMQP_URL": amqp_url, "CHIFFON_DATABASE_URL": database_url}
     taken = socket.create_server(("127.0.0.1", 0))
     port = str(taken.getsockname()[1])
@@ -120,6 +124,7 @@ def incarnation(state: Path) -> int:
 
 
 def test_up_says_what_failed_with_the_end_of_its_log(amqp_url: str, state: Path) -> None:
+    """A broker and a database start."""
     (state / "agent.json").write_text("damaged")
 
     done = chiffon("up", "--once", state=state, CHIFFON_AMQP_URL=amqp_url)
@@ -133,6 +138,7 @@ def test_up_says_what_failed_with_the_end_of_its_log(amqp_url: str, state: Path)
 def test_a_machine_without_rabbitmq_is_told_what_to_do(
     state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It is a process of its own."""
     program = (
         "import sys; from chiffon.embedded import rabbitmq\n"
         "rabbitmq._SERVERS = (); rabbitmq.shutil.which = lambda name: None\n"

@@ -6,10 +6,10 @@ from uuid import uuid4
 
 import pytest
 
-from chiffon.capacity import describe
-from chiffon.messages import SCALAR_METRICS
-from chiffon.registry import AgentRow
-from chiffon.tables import AgentRegistry
+from chiffon.capacity.service import describe
+from chiffon.contract.messages import SCALAR_METRICS
+from chiffon.registry.rows import AgentRow
+from chiffon.registry.tables import AgentRegistry
 from tests.fixtures.heartbeats import RESOURCES
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from chiffon.messages import Gpu
+from chiffon.contract.messages import Gpu
 from chiffon.probes import amd, intel, pci
 from tests.fixtures.trees import plant
 

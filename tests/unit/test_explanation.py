@@ -1,15 +1,11 @@
 """Why agents are no offer, in words."""
 
-from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
-from chiffon.explanation import explain
-from chiffon.messages import CapacityQuery, CapacityReserve, Explanation, Needs
-from chiffon.registry import Misfits
-from chiffon.registry.offers import RULES
-
-NOW = datetime(2026, 1, 1, tzinfo=UTC)
+from chiffon.capacity.explanation import Asked, Count, Misfit, Misfits, explain
+from chiffon.capacity.room import RULES, Wanted
+from chiffon.contract.messages import CapacityQuery, CapacityReserve, Explanation, Needs
 
 QUERY = CapacityQuery(
     min_gpu_vram_gb=40,
@@ -20,10 +16,21 @@ QUERY = CapacityQuery(
 )
 
 
-def told(
-    *counts: Any, nearest: Any = (), query: CapacityQuery | CapacityReserve = QUERY
-) -> Explanation:
-    return explain(query, Misfits(NOW, list(counts), list(nearest)))
+class Counts(Misfits):
+    """What was counted, without a fleet."""
+
+    def __init__(self, query: Asked, counts: Any, nearest: Any) -> None:
+        super().__init__(Wanted.of(query))
+        for rule, agents, most, hostname in counts:
+            if rule is None:
+                self.fitting = agents
+            else:
+                self._counts[rule] = Count(agents, most, hostname)
+        self.nearest = list(nearest)
+
+
+def told(*counts: Any, nearest: Any = (), query: Asked = QUERY) -> Explanation:
+    return explain(query, Counts(query, counts, nearest))
 
 
 def test_no_agent_at_all_is_said_to_be_that() -> None:
@@ -74,14 +81,17 @@ def test_what_is_too_little_by_a_hair_does_not_read_as_enough() -> None:
 
 
 def test_a_near_miss_has_all_its_reasons_with_what_it_has() -> None:
-    found = {
-        "agent_id": uuid4(),
-        "hostname": "rig-7",
-        "pool_name": "default",
-        "min_gpu_vram_gb": 30.25,
-        "min_cpu_cores": 4,
-        "broken": ["pool_name", "min_gpu_vram_gb", "min_cpu_cores"],
-    }
+    found = Misfit(
+        agent_id=uuid4(),
+        hostname="rig-7",
+        pool_name="default",
+        agent_type="desktop",
+        gpu_type="amd",
+        capabilities_text="[]",
+        broken=("pool_name", "min_gpu_vram_gb", "min_cpu_cores"),
+        has={"min_gpu_vram_gb": 30.25, "min_cpu_cores": 4},
+        order=(),
+    )
 
     [miss] = told(nearest=[found]).nearest
 

@@ -3,7 +3,6 @@
 import struct
 from contextlib import suppress
 from itertools import pairwise
-from random import Random
 from typing import Any
 
 import pytest
@@ -14,8 +13,15 @@ from pamqp.body import ContentBody
 from pamqp.header import ContentHeader
 from pamqp.heartbeat import Heartbeat
 
-from chiffon.decoding import undecodable
-from chiffon.frames import BadFrame, Delivery, Frames, Method, acknowledgement, refusal, rejection
+from chiffon.amqp.frames import (
+    BadFrame,
+    Delivery,
+    FrameReader,
+    Method,
+    acknowledgement,
+    rejection,
+)
+from chiffon.amqp.properties import undecodable
 
 SHORT = st.text(max_size=60)
 PROPERTIES = st.builds(
@@ -63,7 +69,7 @@ def written(message: tuple[Any, ...]) -> bytes:
 
 def read(data: bytes, cuts: list[int]) -> tuple[list[Delivery], list[Method]]:
     """Feed ``data`` in pieces."""
-    frames = Frames()
+    frames = FrameReader()
     places = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
     deliveries: list[Delivery] = []
     methods: list[Method] = []
@@ -134,13 +140,16 @@ HEADER = frame.marshal(ContentHeader(0, 4, commands.Basic.Properties()), 1)
     ("data", "reason"),
     [
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "a frame of"),
-        (DELIVER + DELIVER, "in the midst of another"),
-        (HEADER, "belongs to no message"),
+        (DELIVER + DELIVER, "within another"),
+        (HEADER, "belongs to no delivery"),
         (DELIVER + frame.marshal(ContentBody(b"body"), 1), "where a header belongs"),
         (DELIVER + HEADER + frame.marshal(ContentBody(b"too long"), 1), "out of its order"),
         (DELIVER + HEADER + frame.marshal(ContentBody(b""), 1), "out of its order"),
         (DELIVER[:-1] + b"\0", "without its end"),
-        (frame.marshal(commands.Basic.Deliver("c", 1, False, "x", "k"), 7), "no open channel"),
+        (
+            frame.marshal(commands.Basic.Deliver("c", 1, False, "x", "k"), 7),
+            "channel that is not open",
+        ),
         (struct.pack(">BHI", 1, 1, 2**31) + b"\0", "at most 131072"),
         (struct.pack(">BHIHHB", 1, 1, 5, 60, 60, 200) + b"\xce", "a frame that is too short"),
         (struct.pack(">BHIHH", 1, 1, 4, 99, 99) + b"\xce", "cannot be decoded"),
@@ -148,7 +157,7 @@ HEADER = frame.marshal(ContentHeader(0, 4, commands.Basic.Properties()), 1)
 )
 def test_what_is_out_of_order_is_named(data: bytes, reason: str) -> None:
     with pytest.raises(BadFrame, match=reason):
-        Frames().read(data)
+        FrameReader().read(data)
 
 
 def test_properties_that_no_library_can_decode_cost_only_their_message() -> None:
@@ -156,7 +165,7 @@ def test_properties_that_no_library_can_decode_cost_only_their_message() -> None
     data = DELIVER + struct.pack(">BHI", 2, 1, len(truncated)) + truncated + b"\xce"
     data += frame.marshal(ContentBody(b"body"), 1)
 
-    [delivery], _ = Frames().read(data + b"")
+    [delivery], _ = FrameReader().read(data + b"")
 
     assert delivery.body == b"body"
     assert "cannot be decoded" in (undecodable(delivery.header) or "")
@@ -165,7 +174,7 @@ def test_properties_that_no_library_can_decode_cost_only_their_message() -> None
 def test_an_empty_body_is_a_message_too() -> None:
     data = DELIVER + frame.marshal(ContentHeader(0, 0, commands.Basic.Properties()), 1)
 
-    [delivery], _ = Frames().read(data)
+    [delivery], _ = FrameReader().read(data)
 
     assert delivery.body == b""
 
@@ -174,54 +183,13 @@ def test_an_empty_body_is_a_message_too() -> None:
 def test_answers_are_those_that_pamqp_writes(tag: int) -> None:
     assert acknowledgement(tag) == frame.marshal(commands.Basic.Ack(tag, True), 1)
     assert rejection(tag) == frame.marshal(commands.Basic.Reject(tag, False), 1)
-    assert refusal(tag, 9) == frame.marshal(commands.Basic.Nack(tag, True, False), 9)
-
-
-PUBLISHES = st.tuples(
-    st.integers(1, 3), EXCHANGES, SHORT, PROPERTIES, st.binary(max_size=500), st.integers(1, 99)
-)
-
-
-@given(st.lists(PUBLISHES, min_size=1, max_size=6), st.randoms(use_true_random=False))
-def test_publishers_may_write_on_several_channels_at_once(
-    sent: list[tuple[Any, ...]], chance: Random
-) -> None:
-    """The frames of a channel come in their order; those of several channels, in any."""
-    waiting: dict[int, list[bytes]] = {}
-    for channel, exchange, key, properties, body, piece in sent:
-        waiting.setdefault(channel, []).extend(
-            [
-                frame.marshal(commands.Basic.Publish(0, exchange, key, True), channel),
-                frame.marshal(ContentHeader(0, len(body), properties), channel),
-                *(
-                    frame.marshal(ContentBody(body[at : at + piece]), channel)
-                    for at in range(0, len(body), piece)
-                ),
-            ]
-        )
-    frames, came = Frames(range(1, 4), of_publisher=True), []
-    while any(waiting.values()):
-        channel = chance.choice([one for one in waiting if waiting[one]])
-        came += frames.read(waiting[channel].pop(0))[0]
-
-    for channel in waiting:
-        assert [
-            (one.exchange, one.routing_key, one.body) for one in came if one.channel == channel
-        ] == [(one[1], one[2], one[4]) for one in sent if one[0] == channel]
 
 
 def test_a_method_says_which_messages_came_before_it() -> None:
     message = DELIVER + HEADER + frame.marshal(ContentBody(b"body"), 1)
     opened = frame.marshal(commands.Channel.Open(), 5)
 
-    deliveries, methods = Frames().read(message + opened + message + message + opened)
+    deliveries, methods = FrameReader().read(message + opened + message + message + opened)
 
     assert len(deliveries) == 3
-    assert [(one.channel, one.after) for one in methods] == [(5, 1), (5, 3)]
-
-
-def test_a_message_that_is_too_large_is_not_waited_for() -> None:
-    frames = Frames(max_body_bytes=3)
-
-    with pytest.raises(BadFrame, match="a body of 4 bytes; at most 3"):
-        frames.read(DELIVER + HEADER)
+    assert [one.after for one in methods] == [1, 3]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chiffon.messages import Gpu, ResourceMetrics
+from chiffon.contract.messages import Gpu, ResourceMetrics
 from chiffon.probes.gpus import GpuReadings, combine
 from chiffon.probes.operator import OperatorWord
 from chiffon.probes.sample import GpuSample

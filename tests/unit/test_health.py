@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from chiffon import health
 from chiffon.errors import RegistryUnavailable
+from chiffon.observability import health
 
 
 async def good() -> None:

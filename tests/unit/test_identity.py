@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from chiffon import identity
+from chiffon.agent import identity
 from chiffon.errors import BadConfiguration
 
 
 def test_an_agent_is_the_same_after_a_restart_and_its_incarnation_grows(tmp_path: Path) -> None:
-    with identity.claim(tmp_path) as first:
+    with identity.open_identity(tmp_path) as first:
         pass
-    with identity.claim(tmp_path) as second:
+    with identity.open_identity(tmp_path) as second:
         pass
 
     assert second.agent_id == first.agent_id
@@ -22,23 +22,23 @@ def test_an_agent_is_the_same_after_a_restart_and_its_incarnation_grows(tmp_path
 
 
 def test_the_incarnation_grows_also_when_the_clock_was_set_back(tmp_path: Path) -> None:
-    with identity.claim(tmp_path) as first:
+    with identity.open_identity(tmp_path) as first:
         pass
     future = first.incarnation + 10**12
     (tmp_path / "agent.json").write_text(
         json.dumps({"agent_id": str(first.agent_id), "incarnation": future})
     )
 
-    with identity.claim(tmp_path) as second:
+    with identity.open_identity(tmp_path) as second:
         assert second.incarnation == future + 1
 
 
 def test_two_agents_cannot_share_a_state_folder(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from chiffon import identity\n"
-        "with identity.claim(Path(sys.argv[1])): pass"
+        "import sys; from pathlib import Path; from chiffon.agent import identity\n"
+        "with identity.open_identity(Path(sys.argv[1])): pass"
     )
-    with identity.claim(tmp_path):
+    with identity.open_identity(tmp_path):
         second = subprocess.run(
             [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True
         )
@@ -49,7 +49,7 @@ def test_two_agents_cannot_share_a_state_folder(tmp_path: Path) -> None:
 
 def test_looking_does_not_claim(tmp_path: Path) -> None:
     assert identity.peek(tmp_path) is None
-    with identity.claim(tmp_path) as mine:
+    with identity.open_identity(tmp_path) as mine:
         assert identity.peek(tmp_path) == mine
 
 
@@ -67,7 +67,7 @@ def test_looking_does_not_claim(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named_and_not_replaced(tmp_path: Path, content: str) -> None:
     (tmp_path / "agent.json").write_text(content)
 
-    with pytest.raises(BadConfiguration, match=r"agent\.json"), identity.claim(tmp_path):
+    with pytest.raises(BadConfiguration, match=r"agent\.json"), identity.open_identity(tmp_path):
         pass
 
     assert (tmp_path / "agent.json").read_text() == content
@@ -76,5 +76,8 @@ def test_a_damaged_file_is_named_and_not_replaced(tmp_path: Path, content: str) 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 
-    with pytest.raises(BadConfiguration, match="cannot be used"), identity.claim(tmp_path / "file"):
+    with (
+        pytest.raises(BadConfiguration, match="cannot be used"),
+        identity.open_identity(tmp_path / "file"),
+    ):
         pass

@@ -12,8 +12,8 @@ from uuid import uuid4
 import psutil
 import pytest
 
+from chiffon.contract.messages import Gpu
 from chiffon.errors import BadConfiguration
-from chiffon.messages import Gpu
 from chiffon.probes.jobs import FOLDER, Jobs, tie
 from chiffon.probes.nvidia import NvidiaProbe
 from tests.fixtures.nvml import GIB, NOT_AVAILABLE, Card, FakeNvml

@@ -10,59 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from chiffon.encoding import (
-    MAX_ARRAY_BYTES,
+from chiffon.contract.codec import (
     MAX_MESSAGE_BYTES,
     decode,
-    decode_heartbeats,
+    decode_heartbeat,
     encode,
     json_schema,
     routing_key,
 )
+from chiffon.contract.messages import CapacityQuery, ResourceMetrics, StatusUpdate
 from chiffon.errors import BadMessage
-from chiffon.messages import CapacityQuery, ResourceMetrics, StatusUpdate
-from tests.fixtures.heartbeats import update
-
-AGENT = "6e5b0a3e-3c1e-4f0e-9f3a-0c5b1c9d7a11"
-KEY = f"heartbeat.default.desktop.{AGENT}"
+from tests.fixtures.heartbeats import HEARTBEAT
 
 # The example of the design, as somebody would type it.
-BODY: dict[str, Any] = {
-    "agent_id": AGENT,
-    "agent_type": "desktop",
-    "pool_name": "default",
-    "capabilities": ["gpu"],
-    "status": "online",
-    "hostname": "rig-7",
-    "agent_version": "0.1.0",
-    "incarnation": 1767225600000,
-    "sequence": 42,
-    "sent_at": "2026-01-01T00:00:00Z",
-    "interval_seconds": 5.0,
-    "resources": {
-        "cpu_percent": 12.5,
-        "cpu_cores_physical": 16,
-        "cpu_cores_available": 14,
-        "cpu_load_1min": 1.2,
-        "cpu_load_5min": 1.1,
-        "memory_percent": 41.0,
-        "memory_available_gb": 37.5,
-        "gpu_vram_total_gb": 24.0,
-        "gpu_vram_available_gb": 20.5,
-        "gpu_type": "nvidia",
-        "gpus": [
-            {
-                "uuid": "GPU-1",
-                "index": 0,
-                "name": "RTX",
-                "vram_total_gb": 24.0,
-                "vram_available_gb": 20.5,
-                "utilization_percent": 3.0,
-            }
-        ],
-        "probe_errors": [],
-    },
-}
+BODY: dict[str, Any] = json.loads(HEARTBEAT.read_text())
+AGENT = BODY["agent_id"]
+KEY = f"heartbeat.default.desktop.{AGENT}"
 
 # What is written beyond the example, where the sender did not say it.
 NOT_SAID: dict[str, Any] = {
@@ -82,13 +45,12 @@ def resources(**fields: Any) -> bytes:
 
 
 def test_the_example_of_the_design_is_read_and_written_unchanged() -> None:
-    [read], refused = decode_heartbeats(changed(), KEY)
+    read = decode_heartbeat(changed(), KEY)
 
     written = json.loads(encode(read))
     [gpu] = written["resources"]["gpus"]
     assert gpu.pop("is_unified") is False
     assert written == {**BODY, "resources": {**BODY["resources"], **NOT_SAID}}
-    assert list(refused) == []
 
 
 def gpu(index: int, free: float | None) -> dict[str, Any]:
@@ -117,14 +79,14 @@ def test_an_agent_that_does_not_say_what_one_gpu_has_free_is_asked_for_its_gpus(
     if gpus is not None:
         said["gpus"] = gpus
 
-    [read], _ = decode_heartbeats(changed(resources=said), KEY)
+    read = decode_heartbeat(changed(resources=said), KEY)
 
     assert read.resources is not None
     assert read.resources.gpu_vram_max_available_gb == most
 
 
 def test_an_agent_that_does_not_know_what_one_gpu_has_free_is_believed() -> None:
-    [read], _ = decode_heartbeats(resources(gpu_vram_max_available_gb=None), KEY)
+    read = decode_heartbeat(resources(gpu_vram_max_available_gb=None), KEY)
 
     assert read.resources is not None
     assert read.resources.gpu_vram_max_available_gb is None
@@ -133,7 +95,7 @@ def test_an_agent_that_does_not_know_what_one_gpu_has_free_is_believed() -> None
 def test_a_heartbeat_without_resources_is_taken() -> None:
     body = {name: value for name, value in BODY.items() if name != "resources"}
 
-    [read], _ = decode_heartbeats(json.dumps(body).encode(), KEY)
+    read = decode_heartbeat(json.dumps(body).encode(), KEY)
 
     assert read.resources is None
 
@@ -151,7 +113,7 @@ def test_no_gpu_means_a_known_zero_of_vram() -> None:
 
 
 def test_unknown_fields_are_ignored() -> None:
-    [read], _ = decode_heartbeats(changed(colour="red"), KEY)
+    read = decode_heartbeat(changed(colour="red"), KEY)
 
     assert "colour" not in json.loads(encode(read))
 
@@ -211,7 +173,7 @@ def test_unknown_fields_are_ignored() -> None:
 )
 def test_what_does_not_fit_is_refused_with_a_reason_that_names_it(body: bytes, reason: str) -> None:
     with pytest.raises(BadMessage) as refused:
-        decode_heartbeats(body, KEY)
+        decode_heartbeat(body, KEY)
 
     assert reason in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -229,11 +191,11 @@ def test_what_does_not_fit_is_refused_with_a_reason_that_names_it(body: bytes, r
 )
 def test_a_routing_key_that_does_not_agree_with_the_body_is_refused(key: str) -> None:
     with pytest.raises(BadMessage, match="does not agree"):
-        decode_heartbeats(changed(), key)
+        decode_heartbeat(changed(), key)
 
 
 def test_a_routing_key_may_spell_the_id_in_capitals() -> None:
-    [read], _ = decode_heartbeats(changed(agent_id=AGENT.upper()), KEY.upper().replace("H", "h", 1))
+    read = decode_heartbeat(changed(agent_id=AGENT.upper()), KEY.upper().replace("H", "h", 1))
 
     assert routing_key(read) == KEY
 
@@ -242,36 +204,9 @@ def test_a_heartbeat_of_the_largest_size_is_taken_and_one_byte_more_is_not() -> 
     body = changed()
     padded = body + b" " * (MAX_MESSAGE_BYTES - len(body))
 
-    assert decode_heartbeats(padded, KEY)[0]
+    assert decode_heartbeat(padded, KEY)
     with pytest.raises(BadMessage, match="65537 bytes; at most 65536"):
-        decode_heartbeats(padded + b" ", KEY)
-
-
-def test_a_bad_element_of_an_array_costs_only_itself() -> None:
-    good = [update(), update()]
-    elements = [json.loads(encode(good[0])), {"agent_id": "x"}, json.loads(encode(good[1]))]
-
-    read, refused = decode_heartbeats(json.dumps(elements).encode(), "heartbeat.p.relay.r-1")
-
-    assert read == good
-    assert [json.loads(one.body) for one in refused] == [{"agent_id": "x"}]
-    assert refused[0].reason.startswith("element 1 of 3: agent_id")
-
-
-def test_an_array_has_its_own_limits() -> None:
-    with pytest.raises(BadMessage, match="1001 heartbeats in one array; at most 1000"):
-        decode_heartbeats(json.dumps([{}] * 1001).encode(), "heartbeat.p.relay.r")
-    with pytest.raises(BadMessage, match="at most 1048576"):
-        decode_heartbeats(b" " * (MAX_ARRAY_BYTES + 1), "heartbeat.p.relay.r")
-
-
-def test_only_a_relay_may_speak_for_others() -> None:
-    element = json.loads(encode(update()))
-
-    read, refused = decode_heartbeats(json.dumps([element]).encode(), KEY)
-
-    assert not read
-    assert "does not agree" in refused[0].reason
+        decode_heartbeat(padded + b" ", KEY)
 
 
 def test_a_query_has_the_defaults_of_the_design() -> None:
@@ -335,12 +270,10 @@ PLACES = [*((name,) for name in BODY), *(("resources", name) for name in BODY["r
 
 @given(
     st.lists(st.tuples(st.sampled_from(PLACES), st.none() | JSON), max_size=3),
-    st.booleans(),
     st.sampled_from(
         [
             KEY,
             KEY.upper(),
-            "heartbeat.p.relay.r",
             KEY.replace("-", ""),
             f"{KEY.replace('-', '')}----",
             "heartbeat.x",
@@ -348,25 +281,24 @@ PLACES = [*((name,) for name in BODY), *(("resources", name) for name in BODY["r
     ),
 )
 def test_reading_in_one_go_takes_and_refuses_what_reading_in_steps_does(
-    changes: list[tuple[tuple[str, ...], Any]], is_array: bool, key: str
+    changes: list[tuple[tuple[str, ...], Any]], key: str
 ) -> None:
     body = json.loads(json.dumps(BODY))
     for place, value in changes:
         inner = body if len(place) == 1 else body.get("resources")
         if isinstance(inner, dict):
             inner[place[-1]] = value
-    encoded = json.dumps([body, body] if is_array else body).encode()
+    encoded = json.dumps(body).encode()
 
     def outcome() -> Any:
         try:
-            updates, refusals = decode_heartbeats(encoded, key)
-            return updates, list(refusals)
+            return decode_heartbeat(encoded, key)
         except BadMessage as error:
             return str(error)
 
     in_one_go = outcome()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("chiffon.encoding._plain_heartbeats", lambda *_: None)
+        patch.setattr("chiffon.contract.codec._valid_heartbeat", lambda *_: None)
         in_steps = outcome()
 
     assert in_one_go == in_steps
@@ -375,7 +307,7 @@ def test_reading_in_one_go_takes_and_refuses_what_reading_in_steps_does(
 @given(st.binary(max_size=300))
 def test_any_bytes_are_read_or_refused_and_nothing_else(body: bytes) -> None:
     with suppress(BadMessage):
-        decode_heartbeats(body, KEY)
+        decode_heartbeat(body, KEY)
 
 
 @given(
@@ -388,7 +320,7 @@ def test_any_bytes_are_read_or_refused_and_nothing_else(body: bytes) -> None:
 )
 def test_a_field_with_anything_in_it_is_read_or_refused_by_name(value: Any, name: str) -> None:
     try:
-        [read], _ = decode_heartbeats(changed(**{name: value}), KEY)
+        read = decode_heartbeat(changed(**{name: value}), KEY)
     except BadMessage as error:
         said = str(error)
     else:

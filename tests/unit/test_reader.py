@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from chiffon.messages import Gpu, ResourceMetrics
+from chiffon.contract.messages import Gpu, ResourceMetrics
 from chiffon.probes import reader, sampler
 from chiffon.probes.nvidia import NvidiaProbe
 from chiffon.probes.operator import OperatorWord

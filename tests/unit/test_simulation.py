@@ -8,8 +8,8 @@ from uuid import UUID
 
 import pytest
 
-from chiffon.messages import CapacityOffers, CapacityQuery, Offer, ResourceMetrics
-from chiffon.registry import AgentRow
+from chiffon.contract.messages import CapacityOffers, CapacityQuery, Offer, ResourceMetrics
+from chiffon.registry.rows import AgentRow
 from chiffon.simulate.model import (
     Difference,
     Expected,

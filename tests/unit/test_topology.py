@@ -2,7 +2,7 @@
 
 import pytest
 
-from chiffon.topology import Topology, definitions, reply_route
+from chiffon.contract.topology import Topology, definitions, reply_route
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,8 @@ export class Detail {
       const until = agent.drain_deadline ? `; what is left is ended at ${new Date(agent.drain_deadline).toLocaleString()}` : "";
       facts.push(["Drained", `${agent.drain_reason ?? "no reason given"}${until}`]);
     }
-    if (agent.left) {
-      facts.push(["Left to reserve", `${gigabytes(agent.left.gpu_vram_gb)} VRAM (${gigabytes(agent.left.single_gpu_vram_gb)} on one GPU), ${number(agent.left.cpu_cores)} cores, ${gigabytes(agent.left.memory_gb)} memory`]);
+    if (agent.available) {
+      facts.push(["Available", `${gigabytes(agent.available.gpu_vram_gb)} VRAM (${gigabytes(agent.available.single_gpu_vram_gb)} on one GPU), ${number(agent.available.cpu_cores)} cores, ${gigabytes(agent.available.memory_gb)} memory`]);
     }
     if (agent.lower_incarnations > 0) {
       facts.push(["Id in use twice?", `${agent.lower_incarnations} heartbeats of an earlier start: a cloned disk, or a clock set back`]);
@@ -113,16 +113,16 @@ export class Detail {
     this.#fill(
       list,
       problems.length ? element("ul", { className: "problems" }, ...problems.map((one) => element("li", {}, one))) : null,
-      ...this.#held(agent.held),
+      ...this.#reserved(agent.reserved),
       ...this.#gpus(resources),
       ...this.#history(readings),
       this.#body,
     );
   }
 
-  #held(held) {
-    if (!held.length) return [];
-    const rows = held.map((one) => {
+  #reserved(parts) {
+    if (!parts.length) return [];
+    const rows = parts.map((one) => {
       const gpus = one.gpus.map((gpu) => `${gigabytes(gpu.vram_gb)} on GPU ${gpu.index}`);
       const parts = [...gpus, one.cpu_cores ? `${one.cpu_cores} cores` : "", one.memory_gb ? `${gigabytes(one.memory_gb)} memory` : ""];
       return element("li", {}, `${parts.filter(Boolean).join(", ")} — ${one.reservation_id}`);

@@ -50,7 +50,7 @@ function showHead() {
   };
   banner("trouble", trouble ? `What is shown is old: ${trouble}` : "");
   if (!summary) return;
-  const pools = summary.frozen_pools.length ? ` Most of ${summary.frozen_pools.join(", ")} fell silent at once.` : "";
+  const pools = summary.pools_in_outage.length ? ` Most of ${summary.pools_in_outage.join(", ")} became silent at once.` : "";
   banner("degraded", summary.degraded ? `Degraded: we do not trust our own view now; agents may be missing.${pools}` : "");
   const counts = [["●", "online"], ["◐", "busy"], ["○", "offline"], ["△", "silent"]];
   byId("counts").replaceChildren(

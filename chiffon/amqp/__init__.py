@@ -1,0 +1,1 @@
+"""The broker: connections that are kept alive, publishing, consuming, declaring, dead letters."""

@@ -1,0 +1,1 @@
+"""Capacity: what is left on agents, who can take a request, and why the others cannot."""

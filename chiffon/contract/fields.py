@@ -1,0 +1,101 @@
+"""The types of the contract's fields, and what every message has in common."""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+)
+from pydantic_core import core_schema
+
+from chiffon.errors import CODES
+
+MAX_INTEGER = 2**53 - 1
+"""The largest whole number that every JSON reader keeps exact."""
+
+MAX_GB = 2.0**40
+MAX_COUNT = 1_000_000
+
+AgentType = Literal["orchestrator", "infra", "desktop", "code", "research"]
+AgentStatus = Literal["online", "busy", "offline"]
+
+
+def _only_known(value: str) -> str:
+    if value not in CODES:
+        raise ValueError("must be one of the contract's codes")
+    return value
+
+
+ErrorCode = Annotated[
+    str, AfterValidator(_only_known), Field(json_schema_extra={"enum": list(CODES)})
+]
+
+
+def _only_text(value: Any) -> Any:
+    """Refuse what lax parsing would take for a UUID or a time, such as a bare number."""
+    if isinstance(value, str | UUID | datetime):
+        return value
+    raise ValueError("must be a string")
+
+
+def _within_an_era(value: datetime) -> datetime:
+    """Refuse times so far off that converting them to UTC or storing them would overflow."""
+    if 1970 <= value.year <= 9000:
+        return value
+    raise ValueError("must be between the years 1970 and 9000")
+
+
+class _FromText:
+    """Strict everywhere but for the two types that JSON can only write as strings.
+
+    pydantic's own reader of JSON knows them; Python values that come from elsewhere may be text.
+    """
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        schema = handler(source)
+        lax: Any = {**schema, "strict": False}
+        return core_schema.json_or_python_schema(
+            json_schema=schema,
+            python_schema=core_schema.no_info_before_validator_function(_only_text, lax),
+        )
+
+
+Uuid = Annotated[UUID, _FromText()]
+Time = Annotated[AwareDatetime, _FromText(), AfterValidator(_within_an_era)]
+# A word is one word of a routing key.
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+# Text for people may hold anything that is printed as itself: no C0, C1 or DEL, no line or
+# direction marks that make one thing look like another, and no NUL, which jsonb cannot hold.
+_PRINTED = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]*$"
+Name = Annotated[str, Field(pattern=_PRINTED, max_length=255)]
+Line = Annotated[str, Field(pattern=_PRINTED, max_length=512)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Gigabytes = Annotated[float, Field(ge=0, le=MAX_GB)]
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Seconds = Annotated[float, Field(ge=0, le=1e9)]
+Load = Annotated[float, Field(ge=0, le=MAX_COUNT)]
+Vendor = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")]
+Capabilities = Annotated[
+    list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,64}$")]], Field(max_length=64)
+]
+
+
+def absent_if_empty(value: Any) -> bool:
+    """Whether a field is left out of a body: for those that only few ask for or have."""
+    return value is None or value == []
+
+
+class Message(BaseModel):
+    """A body of the contract: unknown fields are ignored, and nothing is converted."""
+
+    model_config = ConfigDict(
+        extra="ignore", frozen=True, strict=True, allow_inf_nan=False, hide_input_in_errors=True
+    )

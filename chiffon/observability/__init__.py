@@ -1,0 +1,1 @@
+"""What a process reports of itself: metrics for Prometheus, health, and their HTTP pages."""

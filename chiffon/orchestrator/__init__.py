@@ -1,0 +1,1 @@
+"""The orchestrator: records heartbeats, judges silence, and answers planners."""

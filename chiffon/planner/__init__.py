@@ -1,0 +1,1 @@
+"""The library of whoever asks for capacity: over AMQP, without a database."""
