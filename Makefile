@@ -3,11 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-WORKERS ?= 2
+WORKERS ?= 5
 STAMP := $(VENV)/.set-up
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up test test-unit test-faults bench-quick lint format lock definitions openapi clean
+.PHONY: help setup up test test-unit test-faults test-deep bench-quick architecture lint format lock definitions openapi clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,10 +26,14 @@ test: $(STAMP) ## Run all tests, on real servers that the tests start themselves
 test-unit: $(STAMP) ## Run the tests that need no server
 	@$(BIN)/python -m pytest tests/unit $(ARGS)
 
-test-faults: $(STAMP) ## Break a whole system in every way we know, and print what each fault did
-	@$(BIN)/python -m pytest tests/faults -m faults -n $(WORKERS) --dist loadgroup $(ARGS)
+test-faults: $(STAMP) ## Break a whole system, one fault an actor, and print what each fault did
+	@$(BIN)/python -m pytest tests/faults -m essential -n 2 $(ARGS)
 
-bench-quick: $(STAMP) ## Print the main ratios of the benchmarks, in under two minutes
+test-deep: $(STAMP) ## Every fault, long waits, many rounds: eight minutes
+	@$(BIN)/python -m pytest tests/unit tests/integration tests/system tests/faults \
+	  -m "deep or faults" -n 2 $(ARGS)
+
+bench-quick: $(STAMP) ## Print the main ratios of the benchmarks, in under a minute
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes \
 	  -r requirements/bench.txt
 	@$(BIN)/python -m benchmarks.quick
@@ -46,6 +50,9 @@ format: $(STAMP) ## Mend what can be mended by itself
 
 definitions: $(STAMP) ## Write deploy/rabbitmq/definitions.json from the topology
 	@$(BIN)/python deploy/rabbitmq/write_definitions.py
+
+architecture: $(STAMP) ## Write docs/architecture.md from the code
+	@$(BIN)/python docs/draw_architecture.py
 
 openapi: $(STAMP) ## Write docs/openapi.json from the gateway
 	@$(BIN)/chiffon schema openapi > docs/openapi.json
