@@ -18,13 +18,12 @@ from pathlib import Path
 from uuid import UUID
 
 from benchmarks.capacity import first_answer
-from benchmarks.relay import counted
-from benchmarks.stage import Fleet, Stage, percentiles, process, publish, staged, where
-from chiffon.bus import Publisher, publish_heartbeat
+from benchmarks.stage import Fleet, Stage, counted, percentiles, process, publish, staged, where
+from chiffon import PlannerClient
+from chiffon.amqp.publisher import Publisher, publish_heartbeat
+from chiffon.amqp.supervised import SupervisedConnection
+from chiffon.contract.messages import CapacityQuery
 from chiffon.embedded.children import free_port
-from chiffon.link import Link
-from chiffon.messages import CapacityQuery
-from chiffon.planner import PlannerClient
 from tests.fixtures.heartbeats import update
 from tests.fixtures.waiting import until
 
@@ -41,7 +40,9 @@ async def ages(stage: Stage, probes: int) -> tuple[list[float], list[float]]:
     query = CapacityQuery(pool_name=POOL, min_cpu_cores=0, limit=1)
     async with AsyncExitStack() as stack:
         planner = await stack.enter_async_context(PlannerClient.open(stage.amqp_url))
-        link = await stack.enter_async_context(Link(stage.amqp_url, name="benchmark probes"))
+        link = await stack.enter_async_context(
+            SupervisedConnection(stage.amqp_url, name="benchmark probes")
+        )
         publisher = Publisher(link)
         await first_answer(planner, query)
         agent_id = UUID(int=7, version=4)

@@ -29,21 +29,21 @@ import httpx
 
 from benchmarks.filled import SILENCE, Speakers, fill
 from benchmarks.stage import Stage, percentiles, process, publish, staged, where
-from chiffon.embedded.children import free_port
-from chiffon.encoding import encode
-from chiffon.errors import CapacityError, CapacityRefused
-from chiffon.messages import (
+from chiffon import PlannerClient
+from chiffon.amqp.connection import dial_any
+from chiffon.amqp.declare import ensure
+from chiffon.contract.codec import encode
+from chiffon.contract.messages import (
     CapacityOffers,
     CapacityQuery,
     CapacityReserve,
     ReservationRelease,
 )
-from chiffon.planner import PlannerClient
-from chiffon.provisioning import ensure
-from chiffon.registry.claims import CLAIM_IN_ORDER
-from chiffon.registry.connection import Connections
-from chiffon.registry.offers import FIND_IN_ORDER, FIND_IN_POOL, IN_ORDER, asked, taken
-from chiffon.session import dial_any
+from chiffon.embedded.children import free_port
+from chiffon.errors import CapacityError, CapacityRefused
+from chiffon.registry.offers import IN_ORDER, wanted
+from chiffon.registry.pool import Pool
+from chiffon.registry.statements import STATEMENTS
 from tests.fixtures.servers import Management
 from tests.fixtures.waiting import until
 
@@ -188,7 +188,7 @@ async def first_answer(planner: PlannerClient, query: CapacityQuery) -> Capacity
 async def reserve(planner: PlannerClient, clock: Clock) -> None:
     """Take room and give it back."""
     try:
-        made = await clock.time("reserve", planner.take(_wanted(), timeout=30))
+        made = await clock.time("reserve", planner.reserve_once(_wanted(), timeout=30))
     except CapacityRefused as error:
         raise AssertionError(f"there is room: {error}") from None
     over = ReservationRelease(reservation_id=made.reservation_id)
@@ -317,19 +317,26 @@ async def _is_drained(stage: Stage) -> bool:
 
 async def _print_plans(url: str) -> None:
     """Print the plans that the orchestrator's statements have, which are made once for all."""
-    wanted = _wanted()
-    claim = (*asked(wanted.needs(), 1), *taken(wanted))
-    claim += (uuid4(), wanted.holder, wanted.idempotency_key, "\\x00", wanted.lease_seconds, 0)
-    plans = {
+    request = _wanted()
+    others = {
+        "holder": request.holder,
+        "idempotency_key": request.idempotency_key,
+        "most": 1,
+        "without": "{}",
+        "skipped": 0,
+    }
+    asked = {
         f"find, {label}": (
-            FIND_IN_ORDER if query.pool_name is None else FIND_IN_POOL,
-            asked(query, query.limit + 1),
+            "find" if query.pool_name is None else "find_in_pool",
+            {**wanted(query), **others, "most": query.limit + 1},
         )
         for label, query in QUESTIONS.items()
     }
-    plans["reserve"] = CLAIM_IN_ORDER, claim
-    async with Connections.open(url, 1, IN_ORDER) as ready, ready.one() as connection:
-        for label, (statement, arguments) in plans.items():
+    asked["reserve"] = "lock_candidates", {**wanted(request.needs()), **others}
+    async with Pool.open(url, 1, IN_ORDER) as ready, ready.one() as connection:
+        for label, (name, given) in asked.items():
+            statement = STATEMENTS[name].text
+            arguments = [given[one] for one in STATEMENTS[name].parameters]
             print(f"  plan of {label}:")
             values = ", ".join("NULL" if one is None else f"'{one}'" for one in arguments)
             transaction = connection.transaction()

@@ -3,7 +3,7 @@
     python -m benchmarks.connections --agents 2000
 
 A private RabbitMQ and PostgreSQL, one orchestrator, and agents in four processes that speak every
-5 s: first each with a connection of its own, then through a relay. The broker is killed (-9) and
+5 s, each over a connection of its own. The broker is killed (-9) and
 started again; what is counted is when the registry has heard each agent after that, and who was
 marked offline.
 """
@@ -20,7 +20,6 @@ from pathlib import Path
 import psutil
 
 from benchmarks.stage import Stage, is_open, process, staged, where
-from chiffon.embedded.children import free_port
 from tests.faults.server import Server
 from tests.fixtures.servers import Management
 from tests.fixtures.waiting import until
@@ -43,7 +42,7 @@ SELECT agent_id, extract(epoch FROM clock_timestamp() - last_heartbeat_at)::floa
 MARKED = "SELECT count(*) FROM agent_registry WHERE pool_name = 'swarm' AND status = 'offline'"
 
 
-async def measure(stage: Stage, agents: int, through_relay: bool) -> None:
+async def measure(stage: Stage, agents: int) -> None:
     """Let so many agents speak, kill the broker, and print what came of it."""
     node = stage.node
     assert node is not None
@@ -54,27 +53,16 @@ async def measure(stage: Stage, agents: int, through_relay: bool) -> None:
         orchestrator = stack.enter_context(
             process((sys.executable, "-m", "chiffon", "orchestrator", "run"), stage, **QUIET)
         )
-        url, relay = stage.amqp_url, None
-        if through_relay:
-            port = free_port()
-            relay = stack.enter_context(
-                process(
-                    (sys.executable, "-m", "chiffon.relay"), stage, CHIFFON_RELAY_PORT=str(port)
-                )
-            )
-            url = f"amqp://127.0.0.1:{port}/"
         swarm = [sys.executable, "-m", "benchmarks.swarm", str(agents // PROCESSES)]
         began = time.monotonic()
         empty = memory(stage.broker_pid)
         for _ in range(PROCESSES):
-            stack.enter_context(process(swarm, stage, SWARM_URL=url))
+            stack.enter_context(process(swarm, stage, SWARM_URL=stage.amqp_url))
         await until(lambda: heard(stage, agents, 60.0), f"{agents} agents in the registry", 300)
         first = time.monotonic() - began
         await asyncio.sleep(10)  # the broker's memory settles
         full = memory(broker.pid)
         sizes = [f"orchestrator {memory(orchestrator.pid) / 2**20:.0f} MiB"]
-        if relay is not None:
-            sizes.append(f"relay {memory(relay.pid) / 2**20:.0f} MiB")
         broker.kill()
         killed = time.monotonic()
         broker.start()
@@ -82,14 +70,13 @@ async def measure(stage: Stage, agents: int, through_relay: bool) -> None:
         opened = time.monotonic()
         # Nobody is heard while the broker is away; what it had delivered before is recorded by now.
         curve = await returns(stage, agents, killed + 1.0)
-        dials: list[float] = []
-        if not through_relay:
-            dials = await until(lambda: dialled(stage), "the broker's list of connections", 60)
+        dials = await until(lambda: dialled(stage), "the broker's list of connections", 60)
         async with stage.database() as database:
             marked = await database.fetchval(MARKED)
             await database.execute("TRUNCATE agent_registry CASCADE")
-    name = "through a relay" if through_relay else "a connection each"
-    print(f"\n{agents} agents, {name}: all heard {first:.1f} s after the first was started")
+    print(
+        f"\n{agents} agents, a connection each: all heard {first:.1f} s after the first was started"
+    )
     print(
         f"memory: broker {empty / 2**20:.0f} MiB before, {full / 2**20:.0f} MiB with them "
         f"({(full - empty) / agents / 1024:.0f} KiB an agent), {', '.join(sizes)}"
@@ -100,8 +87,6 @@ async def measure(stage: Stage, agents: int, through_relay: bool) -> None:
         f"broker killed, up again after {away + 1.0:.1f} s; heard again after that: half "
         f"{half:.1f} s, 99 % {most:.1f} s, all {every:.1f} s; marked offline: {marked}"
     )
-    if not dials:
-        return
     print(
         f"{len(dials)} connections at the broker since then, made within "
         f"{dials[-1] - dials[0]:.1f} s; busiest second {busiest(dials)}"
@@ -152,11 +137,9 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--agents", type=int, default=2_000)
     agents = parser.parse_args().agents
-    for through_relay in (False, True):
-        async with staged() as stage:
-            if not through_relay:
-                print(where(stage))
-            await measure(stage, agents, through_relay)
+    async with staged() as stage:
+        print(where(stage))
+        await measure(stage, agents)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ UPDATE agent_registry SET last_heartbeat_at = now() - interval '30 days' WHERE r
 """
 # A future canary: nobody is marked offline, and nothing is degraded, while we measure.
 TRUST = """
-INSERT INTO ingest_path (fresh_at, fresh_since, grace_until)
-VALUES (now(), now(), now() - interval '1 day')
+INSERT INTO ingest_path (fresh_at, proves_seconds, fresh_since, grace_until)
+VALUES (now(), 5, now(), now() - interval '1 day')
 ON CONFLICT (only_row) DO UPDATE SET fresh_since = now(), grace_until = excluded.grace_until
 """
 

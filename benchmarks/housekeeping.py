@@ -3,7 +3,7 @@
     python -m benchmarks.housekeeping --agents 10000 --minutes 60
 
 A private RabbitMQ and PostgreSQL, both durable, and agents that speak every 5 s, for as long as it
-takes: autovacuum runs by the clock. They come in arrays of 100, which spare the broker.
+takes: autovacuum runs by the clock.
 """
 
 import argparse
@@ -13,11 +13,11 @@ import time
 
 import asyncpg
 
-from benchmarks.relay import ARRAY, RECORDED, arrays, counted
-from benchmarks.stage import Fleet, Stage, process, publish, staged, where
+from benchmarks.stage import Fleet, Stage, counted, process, publish, staged, where
 from chiffon.embedded.children import free_port
 
 INTERVAL_SECONDS = 5.0
+RECORDED = "chiffon_heartbeats_recorded_total"
 LINES = 20
 
 STATE = """
@@ -42,7 +42,7 @@ async def measure(stage: Stage, agents: int, seconds: float) -> None:
             assert row is not None
             return row
 
-        first, messages, sent = await look(), arrays(fleet.heartbeats()), 0
+        first, messages, sent = await look(), fleet.heartbeats(), 0
         print(f"{'minute':>6} {'table':>9} {'indexes':>11} {'dead rows':>10} {'vacuums':>8}")
         print(line(0.0, first))
         argv = (sys.executable, "-m", "chiffon", "orchestrator", "run")
@@ -50,8 +50,8 @@ async def measure(stage: Stage, agents: int, seconds: float) -> None:
             began = shown = time.monotonic()
             while (now := time.monotonic()) - began < seconds:
                 wanted = int((now - began) * agents / INTERVAL_SECONDS) - sent
-                await publish(stage.amqp_url, messages, wanted // ARRAY)
-                sent += wanted // ARRAY * ARRAY
+                await publish(stage.amqp_url, messages, wanted)
+                sent += wanted
                 if now - shown >= seconds / LINES:
                     shown += seconds / LINES
                     print(line((now - began) / 60, await look()), flush=True)

@@ -29,12 +29,12 @@ import aio_pika
 import psutil
 
 from benchmarks.stage import PROJECT
+from chiffon.amqp.connection import dial
+from chiffon.amqp.declare import declare
 from chiffon.embedded import rabbitmq
 from chiffon.embedded.children import free_port
 from chiffon.logs import configure_for_command
 from chiffon.probes.reader import Reader
-from chiffon.provisioning import declare
-from chiffon.session import dial
 from tests.fixtures.waiting import until
 
 SETTLE_SECONDS = 10.0
@@ -81,9 +81,9 @@ async def measure(
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chiffon-")))
         broker = await stack.enter_async_context(rabbitmq.run(folder / "broker"))
-        session = await dial(broker.amqp_url, name="benchmark")
-        await declare(session)
-        await session.close()
+        connection = await dial(broker.amqp_url, name="benchmark")
+        await declare(connection)
+        await connection.close()
         spoke = await stack.enter_async_context(overhearing(broker.amqp_url))
 
         def has_spoken(word: str) -> Callable[[], Awaitable[bool]]:

@@ -19,7 +19,7 @@ import aio_pika
 import psutil
 
 from benchmarks.stage import Fleet, Stage, cpu_seconds, process, publish, staged, where
-from chiffon.topology import HEARTBEATS
+from chiffon.contract.topology import HEARTBEATS
 from tests.fixtures.waiting import until
 
 COMMITTED = "SELECT sum(sequence)::bigint FROM agent_registry"

@@ -24,17 +24,18 @@ from uuid import UUID, uuid4
 
 import asyncpg
 
-from chiffon.bus import Properties
-from chiffon.errors import CapacityRefused, InsufficientCapacity
-from chiffon.messages import (
+from chiffon import PlannerClient
+from chiffon.amqp.connection import dial_any
+from chiffon.amqp.publisher import Properties
+from chiffon.contract.messages import (
     STATUS_UPDATE,
     CapacityQuery,
     CapacityReserve,
     ReservationRelease,
 )
-from chiffon.planner import PlannerClient
-from chiffon.registry import Registry, asyncpg_url
-from chiffon.session import dial_any
+from chiffon.errors import CapacityRefused, InsufficientCapacity
+from chiffon.registry.pool import asyncpg_url
+from chiffon.registry.registry import Registry
 from tests.faults.lab import Lab, opened
 from tests.fixtures.rooms import broken, gpu, record, request, rig
 
@@ -74,7 +75,7 @@ async def race(lab: Lab, planners: Sequence[PlannerClient], rounds: int) -> None
 
             async def take(planner: PlannerClient, pool: str = pool_name) -> UUID | str:
                 try:
-                    made = await planner.take(
+                    made = await planner.reserve_once(
                         request(gpu_vram_gb=20.0, pool_name=pool), timeout=30.0
                     )
                 except InsufficientCapacity as error:
@@ -140,7 +141,7 @@ async def reserve(planner: PlannerClient) -> list[float]:
     )
     began = time.monotonic()
     try:
-        made = await planner.take(wanted, timeout=30.0)
+        made = await planner.reserve_once(wanted, timeout=30.0)
     except CapacityRefused as error:
         raise AssertionError(f"there is room for all: {error}") from None
     took = time.monotonic() - began
@@ -151,8 +152,8 @@ async def reserve(planner: PlannerClient) -> list[float]:
 async def publish(url: str, per_second: int) -> None:
     """Be the fleet: heartbeats of the agents whose ids come on standard input, for ever."""
     agent_ids = sys.stdin.read().split()
-    session = await dial_any(url, "benchmark publishes")
-    channel = await session.channel(confirms=False)
+    connection = await dial_any(url, "benchmark publishes")
+    channel = await connection.channel(confirms=False)
     resources = json.dumps(METRICS)
     properties = Properties(message_type=STATUS_UPDATE, content_type="application/json")
     began = time.monotonic()

@@ -20,17 +20,19 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from uuid import UUID
 
-from chiffon import liveness
-from chiffon.agent import BaseAgent
-from chiffon.messages import AgentEvent
-from chiffon.planner import PlannerClient
-from chiffon.watcher import Event
+from chiffon import BaseAgent, PlannerClient
+from chiffon.contract.lease import lease_for
+from chiffon.contract.messages import AgentEvent, CapacityQuery
+from chiffon.planner.events import Event
 from tests.faults.checker import Report, suffer
-from tests.faults.lab import Lab, Resources, kill, opened
+from tests.faults.lab import Lab, kill, opened
 from tests.fixtures.proxy import Proxy
+from tests.fixtures.resources import FixedResources
+from tests.fixtures.waiting import until
 
 DEATHS = 60
 SHORT_INTERVAL_SECONDS = 0.5
+LONG_INTERVAL_SECONDS = 60.0
 
 
 COMPONENTS = ("orchestrator", "broker", "database")
@@ -83,20 +85,46 @@ def _print(name: str, reports: list[Report]) -> None:
 
 
 async def _die_one_by_one(lab: Lab) -> None:
-    async with PlannerClient.open(lab.amqp_url) as planner, planner.watch() as events:
-        for interval, what in ((SHORT_INTERVAL_SECONDS, "silence"), (60.0, "a cut connection")):
+    async with PlannerClient.open(lab.amqp_url) as planner:
+        async with planner.watch() as events:
             deaths: dict[UUID, float] = {}
             watching = asyncio.create_task(_noticed(events, deaths))
             async with AsyncExitStack() as stack:
-                for _ in range(DEATHS):
-                    agent_id = await _die(lab, stack, interval, closes=what != "silence")
+                for number in range(DEATHS):
+                    agent_id = await _die(lab, stack, number, SHORT_INTERVAL_SECONDS, closes=False)
                     deaths[agent_id] = time.monotonic()
                     await asyncio.sleep(0.5)
-                noticed = sorted(await watching)
-            p50, p99 = noticed[len(noticed) // 2], noticed[int(len(noticed) * 0.99)]
-            lease = liveness.lease(interval)
-            print(f"death by {what} noticed after {p50:.2f} s (p50), {p99:.2f} s (p99); ", end="")
-            print(f"lease {lease:g} s, {len(noticed)} deaths", flush=True)
+                _print_deaths("silence: offline", await watching, SHORT_INTERVAL_SECONDS)
+        async with AsyncExitStack() as stack:
+            waits = []
+            for number in range(DEATHS):
+                await _die(lab, stack, number, LONG_INTERVAL_SECONDS, closes=True)
+                waits.append(asyncio.create_task(_not_offered(planner, number)))
+                await asyncio.sleep(0.5)
+            seconds = await asyncio.gather(*waits)
+            _print_deaths("a cut connection: not offered", seconds, LONG_INTERVAL_SECONDS)
+
+
+def _print_deaths(what: str, seconds: Sequence[float], interval_seconds: float) -> None:
+    noticed, lease = sorted(seconds), lease_for(interval_seconds)
+    p50, p99 = noticed[len(noticed) // 2], noticed[int(len(noticed) * 0.99)]
+    print(
+        f"death by {what} after {p50:.2f} s (p50), {p99:.2f} s (p99); lease {lease:g} s,"
+        f" {len(noticed)} deaths",
+        flush=True,
+    )
+
+
+async def _not_offered(planner: PlannerClient, number: int) -> float:
+    """Return after how many seconds a dying agent is offered no more."""
+    died = time.monotonic()
+    query = CapacityQuery(pool_name=f"dying-{number}")
+
+    async def is_gone() -> bool:
+        return not (await planner.find(query)).agents
+
+    await until(is_gone, f"agent {number} is not offered")
+    return time.monotonic() - died
 
 
 async def _noticed(events: AsyncIterator[Event], deaths: dict[UUID, float]) -> list[float]:
@@ -110,26 +138,29 @@ async def _noticed(events: AsyncIterator[Event], deaths: dict[UUID, float]) -> l
     return seconds
 
 
-async def _die(lab: Lab, stack: AsyncExitStack, interval_seconds: float, *, closes: bool) -> UUID:
+async def _die(
+    lab: Lab, stack: AsyncExitStack, number: int, interval_seconds: float, *, closes: bool
+) -> UUID:
     """Be an agent for one heartbeat, and end without a farewell."""
     proxy = Proxy.to(lab.amqp_url)
-    line = proxy.running()
-    await line.__aenter__()
+    opened_proxy = proxy.running()
+    await opened_proxy.__aenter__()
     agent = BaseAgent(
         proxy.url(lab.amqp_url),
+        pool_name=f"dying-{number}",
         interval_seconds=interval_seconds,
-        resources=Resources(),
+        resources=FixedResources(),
     )
     await agent.__aenter__()
     await agent.send_heartbeat()
     if closes:
-        agent._link._task.cancel()  # or it would dial again, through a port that is closed
-        await line.__aexit__(None, None, None)
+        agent._supervised._task.cancel()  # or it would dial again, through a port that is closed
+        await opened_proxy.__aexit__(None, None, None)
     else:
         proxy.swallows = True
-        stack.push_async_exit(line)
+        stack.push_async_exit(opened_proxy)
     agent._task.cancel()
-    stack.callback(agent._link._task.cancel)
+    stack.callback(agent._supervised._task.cancel)
     return agent.identity.agent_id
 
 

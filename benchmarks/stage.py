@@ -20,22 +20,23 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.request import urlopen
 from uuid import UUID
 
 import aio_pika
 import asyncpg
 import psutil
 
-from chiffon import migrations
-from chiffon.bus import Properties
+from chiffon.amqp.connection import dial_any
+from chiffon.amqp.declare import ensure
+from chiffon.amqp.publisher import Properties
+from chiffon.contract.messages import STATUS_UPDATE
+from chiffon.contract.topology import HEARTBEATS, INGEST
 from chiffon.embedded import postgres, rabbitmq
 from chiffon.embedded.children import tie_to
 from chiffon.errors import BusUnavailable
-from chiffon.messages import STATUS_UPDATE
-from chiffon.provisioning import ensure
-from chiffon.registry import asyncpg_url
-from chiffon.session import dial_any
-from chiffon.topology import HEARTBEATS, INGEST
+from chiffon.registry import migrations
+from chiffon.registry.pool import asyncpg_url
 
 PROJECT = Path(__file__).parents[1]
 POOLS = 20
@@ -217,9 +218,9 @@ async def publish(
     expiration_ms: int | None = None,
 ) -> None:
     """Publish so many messages and wait until the broker has confirmed them all."""
-    session = await dial_any(url, "benchmark publishes")
+    connection = await dial_any(url, "benchmark publishes")
     try:
-        channel = await session.channel()
+        channel = await connection.channel()
         properties = Properties(
             message_type=kind,
             content_type="application/json",
@@ -244,16 +245,16 @@ async def publish(
                     await asyncio.sleep(ahead)
         await asyncio.gather(*pending)
     finally:
-        await session.close()
+        await connection.close()
 
 
 async def is_open(url: str) -> bool:
     """Return whether somebody takes connections there."""
     try:
-        session = await dial_any(url, "benchmark looks")
+        connection = await dial_any(url, "benchmark looks")
     except BusUnavailable:
         return False
-    await session.close()
+    await connection.close()
     return True
 
 
@@ -315,3 +316,13 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return "unknown processor"
+
+
+def counted(port: int, *names: str) -> float:
+    """Return what a process has counted so far, added up; 0 while it does not answer."""
+    try:
+        with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
+            lines = page.read().decode().splitlines()
+    except OSError:
+        return 0.0
+    return sum(float(line.split()[-1]) for line in lines if line.split()[0] in names)

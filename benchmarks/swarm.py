@@ -6,19 +6,8 @@ import logging
 import os
 import sys
 
-from chiffon.agent import BaseAgent
-from chiffon.messages import ResourceMetrics
-
-
-class Resources:
-    """Readings that cost nothing: this is not about probes."""
-
-    def read(self) -> ResourceMetrics:
-        """Return that all is free."""
-        return ResourceMetrics(cpu_cores_available=4, gpu_type="none")
-
-    def close(self) -> None:
-        """Do nothing."""
+from chiffon import BaseAgent
+from tests.fixtures.resources import FixedResources
 
 
 async def main() -> None:
@@ -28,7 +17,7 @@ async def main() -> None:
     logging.getLogger("chiffon").setLevel(logging.CRITICAL)
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(count):
-            agent = BaseAgent(url, pool_name="swarm", resources=Resources())
+            agent = BaseAgent(url, pool_name="swarm", resources=FixedResources())
             await stack.enter_async_context(agent)
         await asyncio.Event().wait()
 

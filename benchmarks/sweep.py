@@ -16,16 +16,18 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import asyncpg
 
 from benchmarks.filled import fill
-from chiffon import migrations
 from chiffon.embedded import postgres
-from chiffon.receipt import Receipt
-from chiffon.registry import Closing, Registry, asyncpg_url
+from chiffon.registry import migrations
+from chiffon.registry.pool import asyncpg_url
+from chiffon.registry.registry import Registry
+from chiffon.registry.rows import Received
 from tests.fixtures.heartbeats import update
+from tests.fixtures.sweeping import sweep
 
 SILENT = "UPDATE agent_registry SET last_heartbeat_at = now() - interval '1 day' WHERE "
 LOOK = "SELECT count(*) FROM agent_registry WHERE last_heartbeat_at < now() - interval '1 minute'"
@@ -39,7 +41,7 @@ class Sweeps:
         self._database = database
         self._registry = registry
 
-    async def run(self, label: str, count: int, closings: Sequence[Closing] = ()) -> None:
+    async def run(self, label: str, count: int, closed: Sequence[UUID] = ()) -> None:
         """Sweep so often; the first one has to mark whoever is silent."""
         took: list[float] = []
         recorded: list[float] = []
@@ -48,9 +50,11 @@ class Sweeps:
         for _ in range(count):
             await self._database.execute(CANARY)
             began = time.monotonic()
-            swept = await self._registry.mark_silent(closings)
+            if closed:
+                await self._registry.sweep.hide_disconnected(closed, [2.0] * len(closed))
+            swept = await sweep(self._registry)
             took.append(time.monotonic() - began)
-            marked, frozen = marked + len(swept.transitions), frozen + len(swept.frozen)
+            marked, frozen = marked + len(swept.marked), frozen + len(swept.began)
         speaking.cancel()
         await asyncio.wait([speaking])
         began = time.monotonic()
@@ -71,7 +75,9 @@ class Sweeps:
         agent_id = uuid4()
         for sequence in itertools.count(1):
             began = time.monotonic()
-            await self._registry.record([Receipt(update(agent_id, sequence=sequence), began)])
+            await self._registry.heartbeats.record(
+                [Received(update(agent_id, sequence=sequence), began)]
+            )
             took.append(time.monotonic() - began)
 
 
@@ -97,8 +103,7 @@ async def _sweep_all(
 ) -> None:
     await sweeps.run("nobody silent", 10)
     rows = await database.fetch("SELECT agent_id FROM agent_registry LIMIT $1", few)
-    closings = [Closing(row["agent_id"], 2.0, True, False) for row in rows]
-    await sweeps.run(f"{few} connections closed", 3, closings)
+    await sweeps.run(f"{few} connections closed", 3, [row["agent_id"] for row in rows])
     some = "agent_id IN (SELECT agent_id FROM agent_registry WHERE pool_name = $1 LIMIT $2)"
     await database.execute(SILENT + some, "pool-3", few)
     await sweeps.run(f"{few} of one pool silent", 3)

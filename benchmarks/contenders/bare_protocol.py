@@ -17,8 +17,8 @@ import uvloop
 from asyncpg.prepared_stmt import PreparedStatement
 from pamqp import commands, frame
 
-from chiffon.registry import asyncpg_url
-from chiffon.registry.statements import RECORD
+from chiffon.registry.pool import asyncpg_url
+from chiffon.registry.statements import STATEMENTS
 
 BATCH = 2_000
 AT_ONCE = 2
@@ -103,7 +103,7 @@ async def main() -> None:
     free: asyncio.Queue[PreparedStatement[asyncpg.Record]] = asyncio.Queue()
     for _ in range(AT_ONCE):
         database = await asyncpg.connect(asyncpg_url(os.environ["CHIFFON_DATABASE_URL"]))
-        free.put_nowait(await database.prepare(RECORD))
+        free.put_nowait(await database.prepare(STATEMENTS["record"].text))
     parts = urlsplit(os.environ["CHIFFON_AMQP_URL"])
     _, drain = await asyncio.get_running_loop().create_connection(
         Drain, parts.hostname or "", parts.port or 5672

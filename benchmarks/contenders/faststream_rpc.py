@@ -6,9 +6,9 @@ import os
 from faststream import FastStream
 from faststream.rabbit import Channel, RabbitBroker, RabbitQueue
 
-from chiffon.capacity import OrchestratorService
-from chiffon.messages import CapacityOffers, CapacityQuery
-from chiffon.registry import Registry
+from chiffon.capacity.service import OrchestratorService
+from chiffon.contract.messages import CapacityOffers, CapacityQuery
+from chiffon.registry.registry import Registry
 
 QUEUE = "benchmark.capacity"
 

@@ -9,8 +9,8 @@ from sqlalchemy import func
 from sqlalchemy.dialects.postgresql import Insert, insert
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
-from chiffon.messages import StatusUpdate
-from chiffon.tables import AgentRegistry
+from chiffon.contract.messages import StatusUpdate
+from chiffon.registry.tables import AgentRegistry
 
 engine = create_async_engine(os.environ["CHIFFON_DATABASE_URL"], pool_size=10)
 sessions = async_sessionmaker(engine)
@@ -22,9 +22,9 @@ broker = RabbitBroker(
 @broker.subscriber(RabbitQueue("chiffon.ingest", declare=False), RabbitExchange(declare=False))
 async def record(update: StatusUpdate) -> None:
     """Record one heartbeat."""
-    async with sessions() as session:
-        await session.execute(upsert(update))
-        await session.commit()
+    async with sessions() as connection:
+        await connection.execute(upsert(update))
+        await connection.commit()
 
 
 def upsert(update: StatusUpdate) -> Insert:
