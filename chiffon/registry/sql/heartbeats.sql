@@ -4,6 +4,7 @@
 -- name: record
 -- Apply a batch, at most one heartbeat an agent. What is not newer than the row changes nothing.
 -- Returns only agents of which there is something to say: changed, stale, or with reservations.
+-- Longer than a screen, as it names every column of a heartbeat three times.
 WITH batch AS MATERIALIZED (
   SELECT * FROM unnest(
     :agent_ids::uuid[], :agent_types::text[], :pool_names::text[], :capabilities::text[],
