@@ -12,23 +12,28 @@ from chiffon.contract.fields import (
     ErrorCode,
     Gigabytes,
     Message,
+    Request,
     Time,
     Uuid,
     Vendor,
+    Whole,
+    WholeNumber,
     Word,
     absent_if_empty,
 )
 
 MAX_OFFERS = 1_000
 
+Limit = Annotated[int, Field(ge=1, le=MAX_OFFERS), WholeNumber()]
 
-class CapacityShow(Message):
+
+class CapacityShow(Request):
     """The question ``capacity.show.v1``: what has this one agent?"""
 
     agent_id: Uuid
 
 
-class Needs(Message):
+class Needs(Request):
     """What an agent must have to be offered.
 
     Sizes are GiB, cores whole cores. ``agent_type: null`` means any type, and so for the other
@@ -56,7 +61,7 @@ class CapacityQuery(Needs):
     reserved was taken off.
     """
 
-    limit: Annotated[int, Field(ge=1, le=MAX_OFFERS)] = 100
+    limit: Limit = 100
     explain: bool = False
     show_reserved: bool = False
 
@@ -71,7 +76,7 @@ class CapacityWait(CapacityQuery):
     question is a new one.
     """
 
-    limit: Annotated[int, Field(ge=1, le=MAX_OFFERS)] = 1
+    limit: Limit = 1
     timeout_seconds: Annotated[float, Field(gt=0, le=86_400)] = 600.0
     wait_id: Uuid | None = None
 
@@ -81,7 +86,7 @@ class Reported(Message):
 
     gpu_vram_available_gb: float | None
     gpu_vram_max_available_gb: float | None
-    cpu_cores_available: int | None
+    cpu_cores_available: Whole | None
     memory_available_gb: float | None
 
 
@@ -103,7 +108,7 @@ class Offer(Message):
     gpu_vram_max_available_gb: float | None = None
     gpu_vram_total_gb: float | None
     gpu_sample_age_seconds: float | None = None
-    cpu_cores_available: int | None
+    cpu_cores_available: Whole | None
     cpu_load_1min: float | None
     memory_available_gb: float | None
     performance_score: float
@@ -123,7 +128,7 @@ class CapacityOffers(Message):
 
     as_of: Time
     degraded: bool
-    total_matches: Annotated[int, Field(ge=0)]
+    total_matches: Annotated[int, Field(ge=0), WholeNumber()]
     total_relation: Literal["eq", "gte"]
     agents: list[Offer]
     explanation: Explanation | None = Field(None, exclude_if=absent_if_empty)
@@ -139,8 +144,8 @@ class AgentCapacity(Message):
     agent_id: Uuid
     status: str
     cpu_percent: float | None
-    cpu_cores_physical: int | None
-    cpu_cores_available: int | None
+    cpu_cores_physical: Whole | None
+    cpu_cores_available: Whole | None
     cpu_load_1min: float | None
     cpu_load_5min: float | None
     memory_percent: float | None

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
 from chiffon.contract import messages
+from chiffon.contract.fields import shortened
 from chiffon.contract.messages import BODIES, StatusUpdate
 from chiffon.errors import BadMessage
 
@@ -63,7 +64,7 @@ def decode_heartbeat(body: bytes, key: str) -> StatusUpdate:
     update = _validate(StatusUpdate, _parse(body, MAX_MESSAGE_BYTES))
     if key.lower() != routing_key(update).lower():
         raise BadMessage(
-            f"routing key {_short(key)} does not agree with the body, which belongs to "
+            f"routing key {shortened(key)} does not agree with the body, which belongs to "
             f"{routing_key(update)}"
         )
     return update
@@ -140,7 +141,7 @@ def first_problem(error: ValidationError) -> str:
     The value itself is left out: it may be long, or a secret, or made to confuse a terminal.
     """
     problems = error.errors(include_url=False, include_input=False, include_context=False)
-    where = ".".join(_short(str(part)) for part in problems[0]["loc"])
+    where = ".".join(shortened(str(part)) for part in problems[0]["loc"])
     what = problems[0]["msg"].removeprefix("Value error, ")
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{where}: {what}{more}" if where else f"{what}{more}"
@@ -148,9 +149,3 @@ def first_problem(error: ValidationError) -> str:
 
 def _too_large(size: int, limit: int) -> str:
     return f"{size} bytes; at most {limit}"
-
-
-def _short(text: str) -> str:
-    """Return at most 64 characters of ``text`` with everything unprintable escaped."""
-    escaped = text.encode("unicode_escape").decode("ascii")
-    return escaped if len(escaped) <= 64 else f"{escaped[:61]}..."

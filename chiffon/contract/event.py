@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from chiffon.contract.fields import AgentStatus, Message, Time, Uuid
+from chiffon.contract.fields import AgentStatus, Message, Time, Uuid, Whole
 from chiffon.contract.reservation import ReservationState
 
 
@@ -44,7 +44,7 @@ class ReservationEvent(Message):
     reservation_id: Uuid
     holder: str
     agent_ids: list[Uuid]
-    fence: int
+    fence: Whole
     state: ReservationState
     reason: str | None
     at: Time

@@ -4,14 +4,14 @@ from typing import Any
 
 from pydantic import Field
 
-from chiffon.contract.fields import Message, Time, Uuid
+from chiffon.contract.fields import Message, Time, Uuid, Whole
 
 
 class Obstacle(Message):
     """A rule that keeps agents from being offered; each agent is counted once, with its first."""
 
     rule: str
-    agents: int
+    agents: Whole
     needed: float | None = Field(description="For rules about an amount.")
     most: float | None = Field(description="The most that one of them has.")
     hostname: str | None = Field(description="Who has it.")
@@ -49,8 +49,8 @@ class Explanation(Message):
     """
 
     as_of: Time
-    agents: int
-    fitting: int
+    agents: Whole
+    fitting: Whole
     summary: str
     obstacles: list[Obstacle]
     nearest: list[Miss]

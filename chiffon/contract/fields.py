@@ -1,5 +1,6 @@
 """The types of the contract's fields, and what every message has in common."""
 
+import difflib
 from datetime import datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -11,6 +12,7 @@ from pydantic import (
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
+    model_validator,
 )
 from pydantic_core import core_schema
 
@@ -68,6 +70,27 @@ class _FromText:
         )
 
 
+def _as_whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+class WholeNumber:
+    """Strict, but that ``3.0`` is 3, as JSON Schema has it. Stands after the field's range.
+
+    pydantic's own reader of JSON takes digits only. What it refuses of a heartbeat is read again
+    from Python values, so those that are written as usual cost no more for this.
+    """
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        schema = handler(source)
+        return core_schema.json_or_python_schema(
+            json_schema=schema,
+            python_schema=core_schema.no_info_before_validator_function(_as_whole, schema),
+        )
+
+
 Uuid = Annotated[UUID, _FromText()]
 Time = Annotated[AwareDatetime, _FromText(), AfterValidator(_within_an_era)]
 # A word is one word of a routing key.
@@ -79,7 +102,9 @@ Name = Annotated[str, Field(pattern=_PRINTED, max_length=255)]
 Line = Annotated[str, Field(pattern=_PRINTED, max_length=512)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Gigabytes = Annotated[float, Field(ge=0, le=MAX_GB)]
-Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Whole = Annotated[int, WholeNumber()]
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT), WholeNumber()]
+Ordinal = Annotated[int, Field(ge=0, le=MAX_INTEGER), WholeNumber()]
 Seconds = Annotated[float, Field(ge=0, le=1e9)]
 Load = Annotated[float, Field(ge=0, le=MAX_COUNT)]
 Vendor = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")]
@@ -99,3 +124,32 @@ class Message(BaseModel):
     model_config = ConfigDict(
         extra="ignore", frozen=True, strict=True, allow_inf_nan=False, hide_input_in_errors=True
     )
+
+
+class OnlyKnownFields(BaseModel):
+    """Refuses fields that it does not have, by name and with the nearest that it has."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_fields(cls, given: Any) -> Any:
+        unknown = given.keys() - cls.model_fields.keys() if isinstance(given, dict) else ()
+        if unknown:
+            name = min(map(str, unknown))
+            near = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"unknown field {shortened(name)}{hint}")
+        return given
+
+
+class Request(OnlyKnownFields, Message):
+    """A body that asks: a filter that is ignored would offer machines that do not fit."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+def shortened(text: str) -> str:
+    """Return at most 64 characters of ``text`` with everything unprintable escaped."""
+    escaped = text.encode("unicode_escape").decode("ascii")
+    return escaped if len(escaped) <= 64 else f"{escaped[:61]}..."

@@ -17,11 +17,13 @@ from chiffon.contract.fields import (
     Load,
     Message,
     Name,
+    Ordinal,
     Percent,
     Seconds,
     Time,
     Uuid,
     Vendor,
+    WholeNumber,
     Word,
     absent_if_empty,
 )
@@ -181,8 +183,8 @@ class StatusUpdate(Message):
     status: AgentStatus = "online"
     hostname: Name | None = None
     agent_version: Name | None = None
-    incarnation: Annotated[int, Field(ge=0, le=MAX_INTEGER)]
-    sequence: Annotated[int, Field(ge=1, le=MAX_INTEGER)]
+    incarnation: Ordinal
+    sequence: Annotated[int, Field(ge=1, le=MAX_INTEGER), WholeNumber()]
     sent_at: Time
     interval_seconds: Annotated[float, Field(ge=0.5, le=600)] = 5.0
     resources: ResourceMetrics | None = None

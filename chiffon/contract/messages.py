@@ -1,9 +1,10 @@
 """The wire contract, version 1: what may be said, and how it is written down.
 
-Bodies are JSON in UTF-8; the AMQP property ``type`` names the message. Unknown fields are
-ignored, so that fields can be added; everything else that does not fit is refused with one line
-that names the field. ``_gb`` means GiB (2^30 bytes). ``null`` means unknown and is never written
-as 0; 0 means a known zero.
+Bodies are JSON in UTF-8; the AMQP property ``type`` names the message. Unknown fields are ignored
+in what is told (heartbeats, answers, events), so that fields can be added, and refused by name in
+what is asked: a filter that is ignored offers machines that do not fit. Everything else that does
+not fit is refused with one line that names the field. ``_gb`` means GiB (2^30 bytes). ``null``
+means unknown and is never written as 0; 0 means a known zero.
 
 Senders that are not chiffon build these bodies by hand from the JSON Schema that
 ``chiffon schema jsonschema`` prints; nothing here depends on Python on the other side.

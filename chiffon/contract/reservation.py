@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from chiffon.contract.capacity import MAX_OFFERS, CapacityQuery, Needs
+from chiffon.contract.capacity import CapacityQuery, Limit, Needs
 from chiffon.contract.fields import (
     MAX_GB,
     MAX_INTEGER,
@@ -14,21 +14,24 @@ from chiffon.contract.fields import (
     Gigabytes,
     Message,
     Name,
+    Request,
     Time,
     Uuid,
     Vendor,
+    Whole,
+    WholeNumber,
     Word,
 )
 
 ReservationState = Literal["held", "released", "expired", "revoked"]
 
-Fence = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
+Fence = Annotated[int, Field(ge=1, le=MAX_INTEGER), WholeNumber()]
 LeaseSeconds = Annotated[float, Field(ge=1, le=86_400)]
-_Agents = Annotated[int, Field(ge=1, le=100)]
-_Gpus = Annotated[int, Field(ge=1, le=64)]
+_Agents = Annotated[int, Field(ge=1, le=100), WholeNumber()]
+_Gpus = Annotated[int, Field(ge=1, le=64), WholeNumber()]
 
 
-class Alternative(Message):
+class Alternative(Request):
     """What to take instead if the room before it is not there.
 
     A field that is ``null`` or left out is as in the request.
@@ -111,7 +114,7 @@ class CapacityReserve(Needs):
         ]
 
 
-class ReservationRenew(Message):
+class ReservationRenew(Request):
     """The request ``capacity.renew.v1``: my lease begins anew, now.
 
     ``lease_seconds: null`` keeps the lease that it has. ``fence``, if given, must be its own.
@@ -122,7 +125,7 @@ class ReservationRenew(Message):
     lease_seconds: LeaseSeconds | None = None
 
 
-class ReservationRelease(Message):
+class ReservationRelease(Request):
     """The request ``capacity.release.v1``: I need it no longer.
 
     Releasing again what one has released is answered as the first time.
@@ -132,26 +135,26 @@ class ReservationRelease(Message):
     fence: Fence | None = None
 
 
-class ReservationShow(Message):
+class ReservationShow(Request):
     """The question ``capacity.reservation.show.v1``."""
 
     reservation_id: Uuid
 
 
-class ReservationList(Message):
+class ReservationList(Request):
     """The question ``capacity.reservation.list.v1``: newest first. ``null`` means any."""
 
     state: ReservationState | None = "held"
     holder: Name | None = None
     agent_id: Uuid | None = None
-    limit: Annotated[int, Field(ge=1, le=MAX_OFFERS)] = 100
+    limit: Limit = 100
 
 
 class ReservedGpu(Message):
     """A part of one GPU. Of an agent that lists no GPUs it is the one with index 0."""
 
     uuid: str | None
-    index: Annotated[int, Field(ge=0)]
+    index: Annotated[int, Field(ge=0), WholeNumber()]
     vram_gb: Annotated[float, Field(ge=0)]
 
 
@@ -182,7 +185,7 @@ class Reservation(Message):
     idempotency_key: Uuid | None
     state: ReservationState
     reason: str | None = Field(description="Why it is over, null while it is held.")
-    fence: int
+    fence: Whole
     lease_seconds: float
     created_at: Time
     expires_at: Time
@@ -192,10 +195,10 @@ class Reservation(Message):
     hostname: str | None
     gpus: list[ReservedGpu]
     gpu_vram_gb: float
-    cpu_cores: int
+    cpu_cores: Whole
     memory_gb: float
     places: list[Place]
-    alternative: int = 0
+    alternative: Whole = 0
 
 
 class Reservations(Message):

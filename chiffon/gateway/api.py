@@ -3,11 +3,12 @@
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, Path, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from chiffon.capacity.fleet import Agent, AgentPage, Fleet
 from chiffon.capacity.service import OrchestratorService
+from chiffon.contract.fields import OnlyKnownFields
 from chiffon.contract.messages import (
     MAX_OFFERS,
     AgentCapacity,
@@ -20,7 +21,8 @@ from chiffon.contract.messages import (
 )
 from chiffon.gateway import examples
 from chiffon.gateway.history import History, Reading
-from chiffon.gateway.problems import ProblemError, documented
+from chiffon.gateway.parameters import no_parameters, once
+from chiffon.gateway.problems import documented
 
 AgentId = Annotated[
     UUID,
@@ -29,8 +31,8 @@ AgentId = Annotated[
 PoolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$", examples=["default"])]
 
 
-class _Parameters(BaseModel):
-    # Values of a query are texts, so not strict; a parameter that is misspelt is no filter.
+class _Parameters(OnlyKnownFields):
+    # Values of a query are texts, so not strict.
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
@@ -90,18 +92,6 @@ class HistoryAnswer(BaseModel):
     readings: list[Reading]
 
 
-def _once(request: Request) -> None:
-    names = [name for name, _ in request.query_params.multi_items() if name != "capabilities"]
-    for name in names:
-        if names.count(name) > 1:
-            raise ProblemError(400, "invalid_request", f"{name[:64]}: given more than once")
-
-
-def _no_parameters(request: Request) -> None:
-    for name in request.query_params:
-        raise ProblemError(400, "invalid_request", f"{name[:64]}: unknown parameter")
-
-
 def router(service: OrchestratorService, history: History) -> APIRouter:
     """Return the routes of the API."""
     api = APIRouter(prefix="/api/v1")
@@ -110,7 +100,7 @@ def router(service: OrchestratorService, history: History) -> APIRouter:
         "/agents/available-capacity",
         tags=["agents"],
         summary="The agents that can take a job now, best first",
-        dependencies=[Depends(_once)],
+        dependencies=[Depends(once)],
         responses={
             200: examples.shown([examples.OFFER], headers=_OF_OFFERS),
             **documented(400, 500, 503),
@@ -135,7 +125,7 @@ def router(service: OrchestratorService, history: History) -> APIRouter:
         "/agents/{agent_id}/capacity",
         tags=["agents"],
         summary="What one agent last reported",
-        dependencies=[Depends(_no_parameters)],
+        dependencies=[Depends(no_parameters)],
         responses={
             200: examples.shown(examples.AGENT_CAPACITY),
             **documented(400, 404, 500, 503),
@@ -149,7 +139,7 @@ def router(service: OrchestratorService, history: History) -> APIRouter:
         "/agents",
         tags=["fleet"],
         summary="All agents, by pool and host, a page at a time",
-        dependencies=[Depends(_once)],
+        dependencies=[Depends(once)],
         responses={
             200: examples.shown({"agents": [examples.AGENT], "next": None}),
             **documented(400, 500, 503),
@@ -163,7 +153,7 @@ def router(service: OrchestratorService, history: History) -> APIRouter:
         "/agents/{agent_id}",
         tags=["fleet"],
         summary="All that is known of one agent",
-        dependencies=[Depends(_no_parameters)],
+        dependencies=[Depends(no_parameters)],
         responses={200: examples.shown(examples.AGENT), **documented(400, 404, 500, 503)},
     )
     async def agent(agent_id: AgentId) -> Agent:
@@ -174,7 +164,7 @@ def router(service: OrchestratorService, history: History) -> APIRouter:
         "/agents/{agent_id}/history",
         tags=["fleet"],
         summary="An agent's recent readings",
-        dependencies=[Depends(_no_parameters)],
+        dependencies=[Depends(no_parameters)],
         responses=documented(400, 500, 503),
     )
     async def agent_history(agent_id: AgentId) -> HistoryAnswer:
@@ -185,7 +175,7 @@ def router(service: OrchestratorService, history: History) -> APIRouter:
         "/fleet",
         tags=["fleet"],
         summary="The fleet in numbers",
-        dependencies=[Depends(_no_parameters)],
+        dependencies=[Depends(no_parameters)],
         responses={200: examples.shown(examples.FLEET), **documented(400, 500, 503)},
     )
     async def fleet() -> Fleet:
@@ -196,7 +186,7 @@ def router(service: OrchestratorService, history: History) -> APIRouter:
         "/capacity",
         tags=["fleet"],
         summary="The offers, and why the other agents are none",
-        dependencies=[Depends(_once)],
+        dependencies=[Depends(once)],
         responses={200: examples.shown(examples.CAPACITY), **documented(400, 500, 503)},
     )
     async def capacity(

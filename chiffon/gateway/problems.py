@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
+from chiffon.contract.fields import shortened
 from chiffon.errors import (
     CODES,
     AgentNotFoundError,
@@ -164,8 +165,9 @@ def _of_validation(_: Request, error: Exception) -> JSONResponse:
         return answer(400, "invalid_request", "Invalid reservation_id format (must be UUID)")
     if field == "agent_id" and first["loc"][0] == "path":
         return answer(400, "invalid_request", "Invalid agent_id format (must be UUID)")
-    problem = "unknown parameter" if first["type"] == "extra_forbidden" else first["msg"]
-    return answer(400, "invalid_request", f"{field[:64]}: {problem}")
+    problem = first["msg"].removeprefix("Value error, ")
+    detail = f"{shortened(field)}: {problem}" if field else problem
+    return answer(400, "invalid_request", detail)
 
 
 def _methods(request: Request) -> str | None:

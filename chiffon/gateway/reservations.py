@@ -3,11 +3,11 @@
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Path, Query, Response
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import APIRouter, Depends, Path, Query, Response
+from pydantic import ConfigDict, Field
 
 from chiffon.capacity.reservations import ReservationService
-from chiffon.contract.fields import Name
+from chiffon.contract.fields import Name, OnlyKnownFields
 from chiffon.contract.messages import (
     MAX_OFFERS,
     CapacityReserve,
@@ -20,6 +20,7 @@ from chiffon.contract.messages import (
 )
 from chiffon.contract.reservation import Fence, LeaseSeconds
 from chiffon.gateway import examples
+from chiffon.gateway.parameters import no_parameters, once
 from chiffon.gateway.problems import documented
 
 ReservationId = Annotated[
@@ -28,7 +29,7 @@ ReservationId = Annotated[
 ]
 
 
-class ListParameters(BaseModel):
+class ListParameters(OnlyKnownFields):
     """Which reservations are listed."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
@@ -39,19 +40,19 @@ class ListParameters(BaseModel):
     limit: int = Field(100, ge=1, le=MAX_OFFERS)
 
 
-class Renewal(BaseModel):
+class Renewal(OnlyKnownFields):
     """A lease that begins anew; both fields may be left out."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     fence: Fence | None = Field(None, description="Must be its own, if given.")
     lease_seconds: LeaseSeconds | None = Field(None, description="Default: as before.")
 
 
-class Release(BaseModel):
+class Release(OnlyKnownFields):
     """Room that is given back."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     fence: Fence | None = Field(None, description="Must be its own, if given.")
 
@@ -63,6 +64,7 @@ def router(service: ReservationService) -> APIRouter:
     @api.post(
         "",
         summary="Take room",
+        dependencies=[Depends(no_parameters)],
         status_code=201,
         responses={
             200: {"description": "The reservation that this key made before."},
@@ -84,6 +86,7 @@ def router(service: ReservationService) -> APIRouter:
     @api.get(
         "",
         summary="Reservations, newest first",
+        dependencies=[Depends(once)],
         responses={
             200: examples.shown({"as_of": "2026-01-01T00:00:00Z", "reservations": []}),
             **documented(400, 500, 503),
@@ -96,6 +99,7 @@ def router(service: ReservationService) -> APIRouter:
     @api.get(
         "/{reservation_id}",
         summary="One reservation",
+        dependencies=[Depends(no_parameters)],
         responses={200: examples.shown(examples.RESERVATION), **documented(400, 404, 500, 503)},
     )
     async def reservation(reservation_id: ReservationId) -> Reservation:
@@ -105,6 +109,7 @@ def router(service: ReservationService) -> APIRouter:
     @api.post(
         "/{reservation_id}/renew",
         summary="Let a lease begin anew",
+        dependencies=[Depends(no_parameters)],
         responses={
             200: examples.shown(examples.RESERVATION),
             **documented(400, 404, 409, 500, 503),
@@ -119,6 +124,7 @@ def router(service: ReservationService) -> APIRouter:
     @api.post(
         "/{reservation_id}/release",
         summary="Give room back",
+        dependencies=[Depends(no_parameters)],
         responses={
             200: examples.shown(examples.RESERVATION),
             **documented(400, 404, 409, 500, 503),

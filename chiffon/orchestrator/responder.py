@@ -311,6 +311,8 @@ def _refuse_late(message: DeliveredMessage) -> None:
     deadline = (message.header.properties.headers or {}).get(DEADLINE_HEADER)
     if deadline is None:
         return
+    if isinstance(deadline, float) and deadline.is_integer():
+        deadline = int(deadline)  # not every language has integers
     if isinstance(deadline, bool) or not isinstance(deadline, int):
         raise BadMessage(f"{DEADLINE_HEADER}: must be a whole number of unix milliseconds")
     now = int(time.time() * 1_000)

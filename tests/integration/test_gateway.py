@@ -214,7 +214,7 @@ async def test_more_matches_than_the_limit_are_said_to_be_more(
         ("capabilities=a%20b", "capabilities.0"),
         ("limit=0", "limit"),
         ("limit=1001", "limit"),
-        ("min_varm=1", "min_varm: unknown parameter"),
+        ("min_gpu_vram=1", "unknown field min_gpu_vram; did you mean min_gpu_vram_gb?"),
         ("limit=1&limit=2", "limit: given more than once"),
     ],
 )

@@ -3,7 +3,7 @@
 import json
 from collections.abc import AsyncIterator
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import httpx
 import pytest
@@ -97,7 +97,7 @@ async def test_what_is_over_or_unknown_is_said_to_be_so(
     other = await http.post(WHERE, json={**request, "gpu_vram_gb": 1.0})
     await http.post(f"{path}/release", json={})
     late = await http.post(f"{path}/renew", json={})
-    unknown = await http.post(f"{WHERE}/{uuid4()}/renew", json={})
+    unknown = await http.post(f"{WHERE}/{UUID(int=1)}/renew", json={})
     nonsense = await http.get(f"{WHERE}/mine")
     # More than PostgreSQL's bigint holds.
     huge = await http.post(f"{path}/release", json={"fence": 2**63})
@@ -145,3 +145,29 @@ async def test_the_offers_show_both_numbers_over_http(
 
     assert (offer["gpu_vram_available_gb"], offer["reported"]["gpu_vram_available_gb"]) == (50, 70)
     assert "reported" not in usual
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        (WHERE, wanted(gpu_vram=1), "unknown field gpu_vram; did you mean gpu_vram_gb?"),
+        (
+            f"{WHERE}/{UUID(int=1)}/renew",
+            {"lease": 9},
+            "unknown field lease; did you mean lease_seconds?",
+        ),
+        (
+            f"{WHERE}/{UUID(int=1)}/release",
+            {"fences": 1},
+            "unknown field fences; did you mean fence?",
+        ),
+        (f"{WHERE}?agent_type=any", wanted(), "agent_type: unknown parameter"),
+    ],
+)
+async def test_what_is_misspelt_is_refused_by_name(
+    http: httpx.AsyncClient, path: str, body: dict[str, Any], said: str
+) -> None:
+    answer = await http.post(path, json=body)
+
+    assert answer.status_code == 400
+    assert said in answer.json()["detail"]
