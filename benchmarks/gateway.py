@@ -20,7 +20,7 @@ import asyncpg
 import httpx
 import psutil
 
-from chiffon.registry.pool import asyncpg_url
+from chiffon.embedded.postgres import asyncpg_url
 from chiffon.settings import up_addresses
 from tests.fixtures.heartbeats import RESOURCES
 from tests.fixtures.up import Running, state_folder

@@ -33,8 +33,8 @@ from chiffon.contract.messages import (
     CapacityReserve,
     ReservationRelease,
 )
+from chiffon.embedded.postgres import asyncpg_url
 from chiffon.errors import CapacityRefused, InsufficientCapacity
-from chiffon.registry.pool import asyncpg_url
 from chiffon.registry.registry import Registry
 from tests.faults.lab import Lab, opened
 from tests.fixtures.rooms import broken, gpu, record, request, rig

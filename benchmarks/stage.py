@@ -34,9 +34,9 @@ from chiffon.contract.messages import STATUS_UPDATE
 from chiffon.contract.topology import HEARTBEATS, INGEST
 from chiffon.embedded import postgres, rabbitmq
 from chiffon.embedded.children import tie_to
+from chiffon.embedded.postgres import asyncpg_url
 from chiffon.errors import BusUnavailable
 from chiffon.registry import migrations
-from chiffon.registry.pool import asyncpg_url
 
 PROJECT = Path(__file__).parents[1]
 POOLS = 20

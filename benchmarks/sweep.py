@@ -22,8 +22,8 @@ import asyncpg
 
 from benchmarks.filled import fill
 from chiffon.embedded import postgres
+from chiffon.embedded.postgres import asyncpg_url
 from chiffon.registry import migrations
-from chiffon.registry.pool import asyncpg_url
 from chiffon.registry.registry import Registry
 from chiffon.registry.rows import Received
 from tests.fixtures.heartbeats import update

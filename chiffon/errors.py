@@ -244,9 +244,9 @@ _EXIT_CODES: dict[type, int] = {
 # As far as the last @ of the word: a password that should have been percent-encoded and was not
 # is still a password. asyncpg also takes one from the query.
 _PASSWORD = re.compile(r"(?<=://)([^:/@\s]*):[^\s]*@")
-_PASSWORD_IN_QUERY = re.compile(r"(?<=[?&]password=)[^&\s]*")
+_PASSWORD_IN_QUERY = re.compile(r"(?<=[?&])((?:ssl)?password)=[^&\s]*")
 
 
 def masked(text: str) -> str:
     """Return ``text`` with the password of every URL in it replaced by ``***``."""
-    return _PASSWORD_IN_QUERY.sub("***", _PASSWORD.sub(r"\1:***@", text))
+    return _PASSWORD_IN_QUERY.sub(r"\1=***", _PASSWORD.sub(r"\1:***@", text))

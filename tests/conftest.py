@@ -13,7 +13,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from chiffon.amqp.connection import dial_any
 from chiffon.amqp.declare import declare
-from chiffon.registry.pool import asyncpg_url
+from chiffon.embedded.postgres import asyncpg_url
 from chiffon.registry.registry import Registry
 from tests.fixtures.plain import Queues
 from tests.fixtures.servers import Management, Servers, new_database, running, virtual_host

@@ -7,7 +7,7 @@ import aio_pika
 import asyncpg
 
 from chiffon.contract.messages import StatusUpdate
-from chiffon.registry.pool import asyncpg_url
+from chiffon.embedded.postgres import asyncpg_url
 
 UPSERT = """
 INSERT INTO agent_registry AS r (agent_id, agent_type, pool_name, capabilities, status, hostname,

@@ -17,7 +17,7 @@ import uvloop
 from asyncpg.prepared_stmt import PreparedStatement
 from pamqp import commands, frame
 
-from chiffon.registry.pool import asyncpg_url
+from chiffon.embedded.postgres import asyncpg_url
 from chiffon.registry.statements import STATEMENTS
 
 BATCH = 2_000

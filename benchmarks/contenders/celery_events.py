@@ -15,7 +15,7 @@ from celery import Celery
 from celery.events.receiver import EventReceiver
 from celery.events.state import State
 
-from chiffon.registry.pool import asyncpg_url
+from chiffon.embedded.postgres import asyncpg_url
 
 EVERY_SECONDS = 1.0
 SNAPSHOT = """

@@ -147,7 +147,7 @@ async def _initialise(
 
 async def _answers(child: Child, url: str) -> None:
     """Wait until a query is answered, and see to it that our database is there."""
-    server = url.replace("+asyncpg", "").rpartition("/")[0] + "/postgres"
+    server = asyncpg_url(url).rpartition("/")[0] + "/postgres"
     try:
         async with asyncio.timeout(START_SECONDS):
             while True:
@@ -168,6 +168,11 @@ async def _answers(child: Child, url: str) -> None:
         raise RegistryUnavailable(
             f"PostgreSQL did not answer within {START_SECONDS:g} s\n{child.last_words()}"
         ) from None
+
+
+def asyncpg_url(url: str) -> str:
+    """Return one of our URLs as asyncpg itself takes it."""
+    return url.replace("+asyncpg", "", 1)
 
 
 async def _major_version(binaries: Path) -> int:

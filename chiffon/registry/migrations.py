@@ -11,10 +11,16 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 from sqlalchemy.exc import DBAPIError
+from sqlmodel import SQLModel
 
+import chiffon.registry.tables  # noqa: F401  (fills the metadata)
 from chiffon.errors import BadConfiguration, TablesMissing
-from chiffon.registry.pool import answering, asyncpg_url
+from chiffon.registry.database_url import parse
+from chiffon.registry.pool import answering
 from chiffon.registry.registry import Registry
+
+VIEWS = ("path_state",)
+"""What the migrations make beside the tables, and statements need."""
 
 
 def head() -> str:
@@ -25,43 +31,59 @@ def head() -> str:
 async def require_head(registry: Registry) -> None:
     """Make sure that the database has the structure this chiffon needs.
 
-    A revision that we do not know is a newer one: the structure only grows, so that is fine.
-
     Raises:
-        TablesMissing: It is older; the message says how to mend that.
+        TablesMissing: It is older or newer, or lacks a table; the message says how to mend that.
     """
     revision = await registry.revision()
-    known = _revisions()
-    if revision is None or revision in known[1:]:
+    if revision != head():
+        raise TablesMissing(_explained(revision))
+    missing = await registry.missing([*SQLModel.metadata.tables, *VIEWS])
+    if missing:
         raise TablesMissing(
-            f"the database is at revision {revision or 'none'} and chiffon needs {known[0]}; "
+            f"the database says it is at revision {revision} and lacks {', '.join(missing)}: "
+            "restore it, or give chiffon a database of its own"
+        )
+
+
+def _explained(revision: str | None) -> str:
+    if revision is None:
+        return "the database has no chiffon tables yet; run `chiffon db upgrade`"
+    if revision in _revisions():
+        return (
+            f"the database is at revision {revision} and chiffon needs {head()}; "
             "run `chiffon db upgrade`"
         )
+    return (
+        f"the database is at revision {revision}, which this chiffon does not know: "
+        "a newer one has upgraded it, so run that one here"
+    )
 
 
 def checks(registry: Registry) -> dict[str, Callable[[], Awaitable[None]]]:
     """Return the checks of ``health`` that tell whether the database can be used."""
-
-    async def answers() -> None:
-        await registry.revision()
-
-    return {"database": answers, "migrations": lambda: require_head(registry)}
+    return {
+        "database": registry.path.prove_writable,
+        "migrations": lambda: require_head(registry),
+    }
 
 
 async def upgrade(url: str, revision: str = "head") -> None:
     """Bring the database up to a revision; a no-op where it is there.
 
-    Two at once take turns. A database that a newer chiffon has upgraded further is left as it is.
-    Raises what ``Registry`` raises for a database that is away.
+    Two at once take turns. Raises what ``Registry`` raises for a database that is away.
 
     Raises:
         BadConfiguration: No such revision.
+        TablesMissing: A newer chiffon has upgraded it further, or tables are not there after all.
     """
     async with Registry.open(url) as registry:
         current = await registry.revision()
-    if revision == "head" and current is not None and current not in _revisions():
-        return
+    if current is not None and current not in _revisions():
+        raise TablesMissing(_explained(current))
     await _run("upgrade", url, revision)
+    if revision == "head":
+        async with Registry.open(url) as registry:
+            await require_head(registry)
 
 
 async def downgrade(url: str, revision: str) -> None:
@@ -79,7 +101,7 @@ async def differences(url: str) -> str | None:
     Returns:
         One line that says how they differ, ``None`` if they do not.
     """
-    asyncpg_url(url)  # a URL that is none is not a difference
+    parse(url)  # a URL that is none is not a difference
     try:
         await _run("check", url)
     except BadConfiguration as error:

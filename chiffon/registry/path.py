@@ -40,3 +40,12 @@ class Path:
     async def settle_grace(self) -> None:
         """End the grace as soon as everybody has spoken since the path came back."""
         await self._pool.fetch("settle_grace")
+
+    async def prove_writable(self) -> None:
+        """Make sure that the database takes writes, and from us.
+
+        Raises:
+            RegistryUnavailable: It takes none now.
+            RegistryRefused: We may not write.
+        """
+        await self._pool.fetch("prove_writable")

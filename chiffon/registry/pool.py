@@ -4,52 +4,30 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from types import MappingProxyType
 from typing import Any
-from urllib.parse import urlsplit
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
 from chiffon.errors import (
-    BadConfiguration,
+    ChiffonError,
     RegistryRefused,
     RegistryUnavailable,
     RowRefused,
     TablesMissing,
 )
+from chiffon.registry.session import ANSWER_SECONDS, Session, Sessions
 from chiffon.registry.statements import STATEMENTS
 
-ANSWER_SECONDS = 5.0
+CLOSE_SECONDS = 1.0
 
 STREAMED_ROWS = 1_000
 
 KEPT_SECONDS = 60.0
 """A connection that was not used for so long goes back to asyncpg's pool, which closes it after
 300 s more."""
-
-
-def asyncpg_url(url: str) -> str:
-    """Return the URL in the form that asyncpg takes.
-
-    Raises:
-        BadConfiguration: It is not a PostgreSQL URL.
-    """
-    scheme, has_scheme, _ = url.partition("://")
-    if not has_scheme or scheme not in {"postgresql", "postgres", "postgresql+asyncpg"}:
-        raise BadConfiguration(
-            "CHIFFON_DATABASE_URL: not a PostgreSQL URL; "
-            "it looks like postgresql://user:password@host/database"
-        )
-    try:
-        urlsplit(url).port  # noqa: B018  (reading it checks it)
-    except ValueError:
-        raise BadConfiguration(
-            "CHIFFON_DATABASE_URL: a bad port; in a user name or password, "
-            "/ is written %2F, @ %40 and : %3A"
-        ) from None
-    return f"postgresql{url[len(scheme) :]}"
 
 
 @contextmanager
@@ -65,21 +43,16 @@ def answering() -> Iterator[None]:
         raise RegistryRefused(f"the database refused us: {error}") from None
     except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
         raise TablesMissing(
-            "the database has no chiffon tables yet; run `chiffon db upgrade`"
+            "the database lacks tables or columns that chiffon needs; run `chiffon db upgrade`"
         ) from None
-    except asyncpg.exceptions.ClientConfigurationError as error:
-        raise BadConfiguration(f"CHIFFON_DATABASE_URL: {error}") from None
     except TimeoutError:
         raise RegistryUnavailable(
             f"the database did not answer within {ANSWER_SECONDS:g} s"
         ) from None
-    except (
-        asyncpg.DataError,
-        asyncpg.IntegrityConstraintViolationError,
-        ValueError,  # what the driver itself cannot encode
-    ) as error:
+    except _OF_A_ROW as error:
         raise RowRefused(str(error).partition("\n")[0]) from None
     except (
+        # The network, and its certificates: an error of those is a ValueError as well.
         OSError,
         asyncpg.PostgresError,
         asyncpg.InterfaceError,
@@ -87,6 +60,16 @@ def answering() -> Iterator[None]:
         asyncpg.InternalClientError,
     ) as error:
         raise RegistryUnavailable(f"the database failed us: {error}") from error
+
+
+_OF_A_ROW = (
+    asyncpg.DataError,
+    asyncpg.IntegrityConstraintViolationError,
+    asyncpg.ProgramLimitExceededError,
+    asyncpg.RaiseError,
+)
+"""What PostgreSQL says of a value, and nothing else: a heartbeat that raises this is set aside. The
+driver says ``DataError`` of what it cannot encode."""
 
 
 @asynccontextmanager
@@ -144,10 +127,13 @@ class Pool:
     Args:
         pool: asyncpg's, which opens them.
         most: How many may be in use at once.
+        sessions: Opens them.
     """
 
-    def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]", most: int) -> None:
+    def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]", most: int, sessions: Sessions) -> None:
         self._pool = pool
+        self._sessions = sessions
+        self._closing: set[asyncio.Task[None]] = set()
         self._free = asyncio.Semaphore(most)
         self._kept: list[tuple[PoolConnectionProxy[asyncpg.Record], float]] = []
 
@@ -159,32 +145,29 @@ class Pool:
         """Provide connections; each is made when it is needed.
 
         Args:
-            url: As ``asyncpg_url`` takes it.
+            url: As ``database_url.parse`` takes it.
             most: How many may be in use at once.
             settings: PostgreSQL's, of each connection.
 
         Raises:
             BadConfiguration: Not such a URL.
         """
-        with answering():
-            pool = await asyncpg.create_pool(
-                asyncpg_url(url),
-                min_size=0,
-                max_size=most,
-                timeout=ANSWER_SECONDS,
-                command_timeout=ANSWER_SECONDS,
-                max_cached_statement_lifetime=0,
-                reset=_leave,
-                # Compiling the sweep took five times as long as running it, once a second.
-                server_settings={"application_name": "chiffon", "jit": "off", **settings},
-            )
-        opened = cls(pool, most)
+        sessions = Sessions(url, settings)
+        pool = await asyncpg.create_pool(
+            connect=sessions.connect,
+            connection_class=Session,
+            min_size=0,
+            max_size=most,
+            reset=_leave,
+        )
+        opened = cls(pool, most, sessions)
         try:
             yield opened
         finally:
             try:
                 async with asyncio.timeout(ANSWER_SECONDS):
                     await opened.put_back()
+                    await asyncio.gather(*opened._closing)
                     await pool.close()
             except TimeoutError:
                 pool.terminate()
@@ -200,9 +183,17 @@ class Pool:
             async with one_of(self._free):
                 connection = await self._lend()
                 try:
-                    yield connection
-                except BaseException:
+                    if self._sessions.is_pooled:
+                        async with connection.transaction(isolation="read_committed"):
+                            await self._sessions.begin_pooled(connection)
+                            yield connection
+                    else:
+                        yield connection
+                except (*_OF_A_ROW, ChiffonError, asyncio.CancelledError):
                     await self._pool.release(connection)
+                    raise
+                except BaseException:
+                    self._end(connection)
                     raise
                 now = time.monotonic()
                 self._kept.append((connection, now))
@@ -234,8 +225,29 @@ class Pool:
         Raises:
             RegistryUnavailable: As ``one``.
         """
-        async with self.one() as connection, connection.transaction():
-            yield Transaction(connection)
+        async with self.one() as connection:
+            if self._sessions.is_pooled:  # in a transaction already
+                yield Transaction(connection)
+                return
+            async with connection.transaction():
+                yield Transaction(connection)
+
+    def _end(self, connection: "PoolConnectionProxy[asyncpg.Record]") -> None:
+        """End a connection that may never be of use again; whoever waits need not wait for it.
+
+        A session that was opened while the database took no writes stays so for as long as it
+        lives, and answers.
+        """
+
+        async def end() -> None:
+            with suppress(Exception):
+                await connection.close(timeout=CLOSE_SECONDS)
+            with suppress(Exception):
+                await self._pool.release(connection)
+
+        ending = asyncio.create_task(end(), name="ends a connection")
+        self._closing.add(ending)
+        ending.add_done_callback(self._closing.discard)
 
     async def _lend(self) -> "PoolConnectionProxy[asyncpg.Record]":
         while self._kept:

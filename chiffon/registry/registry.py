@@ -4,7 +4,7 @@ Statements that update several agents lock them in the order of ``agent_id``, so
 orchestrators may run them at once without a deadlock.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from chiffon.errors import TablesMissing
@@ -64,3 +64,8 @@ class Registry:
         except TablesMissing:
             return None
         return rows[0]["version_num"] if rows else None
+
+    async def missing(self, names: Sequence[str]) -> list[str]:
+        """Return those of the tables and views that the database does not have."""
+        rows = await self._pool.fetch("missing_tables", names=names)
+        return [row["wanted"] for row in rows]

@@ -8,7 +8,7 @@ from uuid import UUID
 
 import asyncpg
 
-from chiffon.registry.pool import asyncpg_url
+from chiffon.embedded.postgres import asyncpg_url
 
 _INSTALL = """
 CREATE TABLE audit (

@@ -30,9 +30,9 @@ from chiffon.contract.codec import encode, routing_key
 from chiffon.contract.messages import CapacityQuery, StatusUpdate
 from chiffon.embedded import postgres, rabbitmq
 from chiffon.embedded.children import tie_to
+from chiffon.embedded.postgres import asyncpg_url
 from chiffon.errors import BusUnavailable, CapacityError
 from chiffon.registry import migrations
-from chiffon.registry.pool import asyncpg_url
 from tests.faults import audit
 from tests.faults.server import Server, end
 from tests.fixtures import plain

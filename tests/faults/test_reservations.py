@@ -12,13 +12,13 @@ import pytest
 
 from chiffon import PlannerClient
 from chiffon.contract.messages import CapacityReserve, Reservation, ReservationRelease
+from chiffon.embedded.postgres import asyncpg_url
 from chiffon.errors import (
     BusUnavailable,
     CapacityError,
     CapacityRefused,
     InsufficientCapacity,
 )
-from chiffon.registry.pool import asyncpg_url
 from tests.faults.conftest import Survives
 from tests.faults.lab import Lab
 from tests.fixtures.rooms import broken

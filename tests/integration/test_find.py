@@ -16,8 +16,8 @@ from pydantic import ValidationError
 
 from chiffon.capacity.service import OrchestratorService
 from chiffon.contract.messages import CapacityQuery
+from chiffon.embedded.postgres import asyncpg_url
 from chiffon.errors import AgentNotFoundError
-from chiffon.registry.pool import asyncpg_url
 from chiffon.registry.registry import Registry
 from tests.fixtures.heartbeats import RESOURCES
 from tests.fixtures.servers import Servers, new_database

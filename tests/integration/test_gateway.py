@@ -595,7 +595,7 @@ async def test_a_database_without_tables_is_not_ready(broker: str, empty_databas
         ready = await http.get("/readyz", params={"verbose": ""})
 
         assert ready.status_code == 503
-        assert "[+]database ok" in ready.text
+        assert "[-]database failed: the database lacks tables" in ready.text
         assert "[-]migrations failed" in ready.text
         assert "chiffon db upgrade" in ready.text
         assert (await http.get(AVAILABLE)).status_code == 503

@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 
 from chiffon.contract.codec import encode, routing_key
-from chiffon.registry.pool import asyncpg_url
+from chiffon.embedded.postgres import asyncpg_url
 from chiffon.registry.registry import Registry
 from tests.fixtures import plain
 from tests.fixtures.heartbeats import update

@@ -11,9 +11,9 @@ import asyncpg
 import pytest
 
 from chiffon.capacity.service import OrchestratorService
+from chiffon.embedded.postgres import asyncpg_url
 from chiffon.errors import BadConfiguration, RegistryUnavailable, TablesMissing
 from chiffon.registry import migrations
-from chiffon.registry.pool import asyncpg_url
 from chiffon.registry.registry import Registry
 
 PROJECT = Path(__file__).parents[2]

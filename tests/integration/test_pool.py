@@ -7,9 +7,11 @@ from typing import TypeAlias
 import asyncpg
 import pytest
 
+from chiffon.embedded.postgres import asyncpg_url
 from chiffon.errors import RegistryUnavailable, RowRefused
 from chiffon.registry import pool as pool_module
-from chiffon.registry.pool import Pool, asyncpg_url
+from chiffon.registry.pool import Pool
+from chiffon.registry.session import Sessions
 from tests.fixtures.waiting import until
 
 Database: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
@@ -111,7 +113,7 @@ async def test_what_nobody_has_used_for_long_is_the_pools_again(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with asyncpg.create_pool(asyncpg_url(database_url), min_size=0, max_size=2) as pool:
-        connections = Pool(pool, 2)
+        connections = Pool(pool, 2, Sessions(database_url))
         async with connections.one(), connections.one():
             pass
         assert pool.get_idle_size() == 0

@@ -14,8 +14,8 @@ import pytest
 
 from chiffon.capacity.reservations import ReservationService
 from chiffon.contract.messages import ReservationRelease
+from chiffon.embedded.postgres import asyncpg_url
 from chiffon.errors import CapacityRefused, InsufficientCapacity
-from chiffon.registry.pool import asyncpg_url
 from chiffon.registry.registry import Registry
 from tests.fixtures.rooms import broken, gpu, record, request, rig
 

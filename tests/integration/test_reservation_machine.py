@@ -32,8 +32,8 @@ from chiffon.contract.messages import (
     ReservationRelease,
     ReservationRenew,
 )
+from chiffon.embedded.postgres import asyncpg_url
 from chiffon.errors import CapacityRefused, InsufficientCapacity, StaleFence
-from chiffon.registry.pool import asyncpg_url
 from chiffon.registry.registry import Registry
 from tests.fixtures.rooms import broken, gpu, record, request, rig
 from tests.fixtures.servers import Servers, new_database

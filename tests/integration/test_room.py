@@ -11,8 +11,8 @@ from chiffon.capacity.reservations import ReservationService
 from chiffon.capacity.room import Wanted, fits
 from chiffon.capacity.service import OrchestratorService
 from chiffon.contract.messages import CapacityQuery, CapacityReserve, Reservation, StatusUpdate
+from chiffon.embedded.postgres import asyncpg_url
 from chiffon.errors import InsufficientCapacity
-from chiffon.registry.pool import asyncpg_url
 from chiffon.registry.registry import Registry
 from chiffon.registry.rows import Candidate
 from tests.fixtures.rooms import gpu, record, request, rig

@@ -72,4 +72,8 @@ UPDATE agent_registry
  WHERE agent_id = :agent_id::uuid
 
 -- name: revision
-SELECT version_num FROM alembic_version
+-- The table has a name of our own: another program in this database may use Alembic too.
+SELECT version_num FROM chiffon_version
+
+-- name: missing_tables
+SELECT wanted FROM unnest(:names::text[]) AS wanted WHERE to_regclass(quote_ident(wanted)) IS NULL

@@ -59,3 +59,8 @@ UPDATE ingest_path p SET grace_until = least(p.grace_until, coalesce((
        AND coalesce(r.last_heartbeat_at < p.fresh_since, true)
   ), statement_timestamp()))
  WHERE p.grace_until > statement_timestamp()
+
+-- name: prove_writable
+-- Lock a row for nobody: this needs all that a write needs but the room. A database that takes no
+-- writes, or does not let us write, refuses it. A row that is written just now is proof enough.
+SELECT FROM ingest_path FOR UPDATE SKIP LOCKED
