@@ -21,7 +21,7 @@ from benchmarks.capacity import first_answer
 from benchmarks.stage import Fleet, Stage, counted, percentiles, process, publish, staged, where
 from chiffon import PlannerClient
 from chiffon.amqp.publisher import Publisher, publish_heartbeat
-from chiffon.amqp.supervised import SupervisedConnection
+from chiffon.amqp.reconnecting import ReconnectingConnection
 from chiffon.contract.messages import CapacityQuery
 from chiffon.embedded.children import free_port
 from tests.fixtures.heartbeats import update
@@ -41,7 +41,7 @@ async def ages(stage: Stage, probes: int) -> tuple[list[float], list[float]]:
     async with AsyncExitStack() as stack:
         planner = await stack.enter_async_context(PlannerClient.open(stage.amqp_url))
         link = await stack.enter_async_context(
-            SupervisedConnection(stage.amqp_url, name="benchmark probes")
+            ReconnectingConnection(stage.amqp_url, name="benchmark probes")
         )
         publisher = Publisher(link)
         await first_answer(planner, query)

@@ -62,7 +62,7 @@ if TYPE_CHECKING:
         StaleFence,
     )
     from chiffon.planner.client import PlannerClient
-    from chiffon.planner.lease import HeldReservation
+    from chiffon.planner.held_reservation import HeldReservation
     from chiffon.registry.registry import Registry
     from chiffon.registry.tables import AgentRegistry
 
@@ -115,7 +115,7 @@ _ELSEWHERE = {
     "AgentIdentity": ("chiffon.agent.identity", "Identity"),
     "AgentRegistry": ("chiffon.registry.tables", "AgentRegistry"),
     "BaseAgent": ("chiffon.agent.base_agent", "BaseAgent"),
-    "HeldReservation": ("chiffon.planner.lease", "HeldReservation"),
+    "HeldReservation": ("chiffon.planner.held_reservation", "HeldReservation"),
     "OrchestratorService": ("chiffon.capacity.service", "OrchestratorService"),
     "PlannerClient": ("chiffon.planner.client", "PlannerClient"),
     "Registry": ("chiffon.registry.registry", "Registry"),

@@ -58,6 +58,6 @@ def configure_for_command(level: str = "WARNING") -> None:
 
 
 def _quiet_libraries() -> None:
-    # The AMQP libraries log each failed dial at ERROR; ``amqp.supervised`` says it in one line.
+    # The AMQP libraries log each failed dial at ERROR; ``amqp.reconnecting`` says it in one line.
     for name in ("aiormq", "aio_pika"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

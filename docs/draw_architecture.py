@@ -56,7 +56,7 @@ JOURNEYS = {
     ],
     "A reservation's life": [
         ("planner/client.py", "`reserve` requests it"),
-        ("planner/lease.py", "renews it while the context is open"),
+        ("planner/held_reservation.py", "renews it while the context is open"),
         ("planner/rpc.py", "carries each request"),
         ("orchestrator/responder.py", "receives it; releases what nobody took"),
         ("orchestrator/requests.py", "decodes it"),

@@ -20,7 +20,7 @@ from chiffon.agent.identity import Identity, fresh
 from chiffon.amqp.connection import Connection
 from chiffon.amqp.declare import await_exchange
 from chiffon.amqp.publisher import Publisher, publish_heartbeat
-from chiffon.amqp.supervised import SupervisedConnection
+from chiffon.amqp.reconnecting import ReconnectingConnection
 from chiffon.contract.lease import lease_for, redial_cap
 from chiffon.contract.messages import AgentStatus, AgentType, ResourceMetrics, StatusUpdate
 from chiffon.contract.topology import HEARTBEATS
@@ -101,7 +101,7 @@ class BaseAgent:
         self._due = asyncio.Event()
         lease = lease_for(self.compose(None).interval_seconds)
         self._resources = resources
-        self._supervised = SupervisedConnection(
+        self._supervised = ReconnectingConnection(
             url,
             name=str(self.identity.agent_id),
             prepare=self._await_exchange,
@@ -153,7 +153,7 @@ class BaseAgent:
         self._refuse_or_send(lambda: setattr(self, "_capabilities", before))
 
     @property
-    def supervised(self) -> SupervisedConnection:
+    def supervised(self) -> ReconnectingConnection:
         """The connection to the broker."""
         return self._supervised
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from chiffon.amqp.supervised import SupervisedConnection
+from chiffon.amqp.reconnecting import ReconnectingConnection
 from chiffon.errors import BusUnavailable
 from chiffon.observability import health, metrics
 from chiffon.observability.http import Page
@@ -16,7 +16,7 @@ class Beating(Protocol):
     """What is read of an agent; see ``BaseAgent``."""
 
     @property
-    def supervised(self) -> SupervisedConnection:
+    def supervised(self) -> ReconnectingConnection:
         """The connection to the broker."""
         ...
 

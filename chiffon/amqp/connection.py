@@ -45,7 +45,7 @@ class AnyConnection:
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     def drop(self, reason: str) -> None:
-        """Give this connection up; its ``SupervisedConnection`` closes it and dials again."""
+        """Give this connection up; its ``ReconnectingConnection`` closes it and dials again."""
         if not self.lost.done():
             self.lost.set_result(reason)
             self.on_lost()

@@ -10,7 +10,7 @@ from aiormq.abc import DeliveredMessage
 
 from chiffon.amqp.frames import Delivery
 from chiffon.amqp.publisher import Properties, Publisher
-from chiffon.amqp.supervised import SupervisedConnection
+from chiffon.amqp.reconnecting import ReconnectingConnection
 from chiffon.contract.topology import (
     DEAD_LETTER_HEADER,
     DEAD_LETTERS,
@@ -30,7 +30,7 @@ class DeadLetters:
         supervised: The connection to publish on.
     """
 
-    def __init__(self, supervised: SupervisedConnection) -> None:
+    def __init__(self, supervised: ReconnectingConnection) -> None:
         self._publisher = Publisher(supervised)
 
     async def publish(self, message: DeliveredMessage | Delivery, reason: str) -> None:

@@ -7,7 +7,7 @@ from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
 
 from chiffon.amqp.connection import CLOSE_SECONDS, Channel, Connection
-from chiffon.amqp.supervised import SupervisedConnection
+from chiffon.amqp.reconnecting import ReconnectingConnection
 from chiffon.amqp.translation import translated
 from chiffon.contract.codec import encode, routing_key
 from chiffon.contract.lease import lease_for
@@ -31,7 +31,7 @@ class Publisher:
         confirms: Whether to wait for the broker's confirm.
     """
 
-    def __init__(self, supervised: SupervisedConnection, *, confirms: bool = True) -> None:
+    def __init__(self, supervised: ReconnectingConnection, *, confirms: bool = True) -> None:
         self._supervised = supervised
         self._confirms = confirms
         self._open: tuple[Connection, Channel] | None = None

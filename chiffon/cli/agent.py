@@ -58,7 +58,7 @@ def probe(
     import asyncio
 
     from chiffon.agent.preview import preview
-    from chiffon.cli.rows import READINGS, heartbeat_rows
+    from chiffon.cli.columns import READINGS, heartbeat_rows
     from chiffon.contract.codec import encode
     from chiffon.settings import load
 

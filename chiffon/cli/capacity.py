@@ -6,9 +6,9 @@ from uuid import UUID, uuid4
 import typer
 
 from chiffon.cli import needs
+from chiffon.cli.columns import OFFERS, OFFERS_AS_REPORTED
 from chiffon.cli.needs import TimeoutOption, ask, question
 from chiffon.cli.output import Format, FormatOption, note, show_many, show_one
-from chiffon.cli.rows import OFFERS, OFFERS_AS_REPORTED
 
 if TYPE_CHECKING:
     from chiffon.contract.messages import CapacityOffers, Explanation

@@ -11,6 +11,7 @@ from uuid import UUID
 
 import typer
 
+from chiffon.cli.columns import EVENTS, FLEET, RESERVED
 from chiffon.cli.output import (
     Format,
     FormatOption,
@@ -23,7 +24,6 @@ from chiffon.cli.output import (
     table,
     width_of,
 )
-from chiffon.cli.rows import EVENTS, FLEET, RESERVED
 
 if TYPE_CHECKING:
     from chiffon.capacity.fleet import Agent, Fleet

@@ -6,9 +6,9 @@ from uuid import UUID
 
 import typer
 
+from chiffon.cli.columns import RESERVATIONS
 from chiffon.cli.needs import TimeoutOption, ask, question
 from chiffon.cli.output import FormatOption, note, show_many, show_one
-from chiffon.cli.rows import RESERVATIONS
 
 app = typer.Typer(
     help="What is reserved, and by whom, over AMQP.", no_args_is_help=True, rich_markup_mode=None

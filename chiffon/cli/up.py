@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from chiffon.cli.columns import FLEET, OFFERS
 from chiffon.cli.output import Format, FormatOption, emit, note, show_many
-from chiffon.cli.rows import FLEET, OFFERS
 
 if TYPE_CHECKING:
     from chiffon.embedded.up import Up

@@ -15,7 +15,7 @@ import uvicorn
 
 from chiffon.amqp.connection import Connection
 from chiffon.amqp.declare import await_exchange
-from chiffon.amqp.supervised import SupervisedConnection
+from chiffon.amqp.reconnecting import ReconnectingConnection
 from chiffon.capacity.reservations import ReservationService
 from chiffon.capacity.service import OrchestratorService
 from chiffon.contract.topology import RPC
@@ -61,7 +61,7 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
             Registry.open(settings.database_url.get_secret_value())
         )
         supervised = await stack.enter_async_context(
-            SupervisedConnection(
+            ReconnectingConnection(
                 settings.amqp_url.get_secret_value(), name="gateway", prepare=_await_topology
             )
         )

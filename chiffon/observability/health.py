@@ -8,7 +8,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
-from chiffon.amqp.supervised import SupervisedConnection
+from chiffon.amqp.reconnecting import ReconnectingConnection
 from chiffon.errors import BusUnavailable, ChiffonError, masked
 from chiffon.observability.http import Page
 
@@ -60,7 +60,7 @@ async def livez(verbose: bool = False) -> Page:
     return Page(b"ok\n")
 
 
-def connected(supervised: SupervisedConnection) -> Callable[[], Awaitable[None]]:
+def connected(supervised: ReconnectingConnection) -> Callable[[], Awaitable[None]]:
     """Return the check that a connection is open."""
 
     async def check() -> None:

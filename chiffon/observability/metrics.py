@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from chiffon.amqp.supervised import SupervisedConnection
+from chiffon.amqp.reconnecting import ReconnectingConnection
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -44,7 +44,7 @@ class _Given(Collector):
         return self._found
 
 
-def connections(supervised: Mapping[str, SupervisedConnection[Any]]) -> Read:
+def connections(supervised: Mapping[str, ReconnectingConnection[Any]]) -> Read:
     """Return how often connections were made, by what each is for."""
 
     async def read() -> list[Metric]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from chiffon.amqp.publisher import Properties, Publisher
-from chiffon.amqp.supervised import SupervisedConnection
+from chiffon.amqp.reconnecting import ReconnectingConnection
 from chiffon.contract.lease import CANARY_FRESH_SECONDS
 from chiffon.contract.messages import CANARY
 from chiffon.contract.topology import HEARTBEATS
@@ -23,7 +23,7 @@ class Canary:
         keys: Their routing keys; see ``canary_keys``.
     """
 
-    def __init__(self, supervised: SupervisedConnection, keys: Sequence[str]) -> None:
+    def __init__(self, supervised: ReconnectingConnection, keys: Sequence[str]) -> None:
         self._supervised = supervised
         self._publisher = Publisher(supervised)
         self._keys = keys

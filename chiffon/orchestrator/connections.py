@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 
-from chiffon.amqp.supervised import SupervisedConnection
+from chiffon.amqp.reconnecting import ReconnectingConnection
 
 Prepare = Callable[[Any], Awaitable[None]]
 Dial = Callable[[str, str], Awaitable[Any]]
@@ -28,24 +28,24 @@ class Connections:
         self._url = url
         self._name = name
         self._stack = stack
-        self._by_use: dict[str, SupervisedConnection[Any]] = {}
+        self._by_use: dict[str, ReconnectingConnection[Any]] = {}
 
     @property
-    def by_use(self) -> Mapping[str, SupervisedConnection[Any]]:
+    def by_use(self) -> Mapping[str, ReconnectingConnection[Any]]:
         """All of them, by what each is for."""
         return self._by_use
 
     async def open(
         self, use: str, *, prepare: Prepare | None = None, dial: Dial | None = None
-    ) -> SupervisedConnection[Any]:
+    ) -> ReconnectingConnection[Any]:
         """Open one, and keep it alive.
 
         Args:
             use: What it is for: a verb, and perhaps a queue.
-            prepare: See ``SupervisedConnection``.
-            dial: See ``SupervisedConnection``.
+            prepare: See ``ReconnectingConnection``.
+            dial: See ``ReconnectingConnection``.
         """
-        supervised: SupervisedConnection[Any] = SupervisedConnection(
+        supervised: ReconnectingConnection[Any] = ReconnectingConnection(
             self._url, name=f"{self._name} {use}", prepare=prepare, dial=dial
         )
         self._by_use[use] = supervised

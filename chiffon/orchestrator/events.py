@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from chiffon.amqp.publisher import Properties, Publisher
-from chiffon.amqp.supervised import SupervisedConnection
+from chiffon.amqp.reconnecting import ReconnectingConnection
 from chiffon.contract.codec import encode
 from chiffon.contract.messages import (
     AGENT_EVENT,
@@ -50,7 +50,7 @@ class Events:
         supervised: The connection to publish on.
     """
 
-    def __init__(self, supervised: SupervisedConnection) -> None:
+    def __init__(self, supervised: ReconnectingConnection) -> None:
         self._publisher = Publisher(supervised)
         self._waiting: deque[Event] = deque(maxlen=MOST_WAITING)
         self._added = asyncio.Event()

@@ -221,7 +221,7 @@ class Ingest:
             _count(batch)
             recorded: list[Recorded] = []
             left = [one for one, _ in batch.newest.values()]
-            await self._commit(lambda: self._record(left, batch, recorded))
+            await self._until_done(lambda: self._record(left, batch, recorded))
             # All that follows from this batch comes after all that follows from the one before:
             # events, the canary, which proves that what came before it is there, and the
             # acknowledgement.
@@ -230,7 +230,7 @@ class Ingest:
             for one in recorded:
                 await self._report(one)
             for canary in batch.canaries.values():
-                await self._commit(partial(self._mark_path_fresh, *canary))
+                await self._until_done(partial(self._mark_path_fresh, *canary))
             await self._acknowledge(batch, consumer)
         finally:
             self._in_work -= batch.messages
@@ -246,7 +246,7 @@ class Ingest:
             consumer.acknowledge(last)
             consumer.reset_back_off()
 
-    async def _commit(self, act: Callable[[], Awaitable[None]]) -> None:
+    async def _until_done(self, act: Callable[[], Awaitable[None]]) -> None:
         """Do something in the registry, trying again for as long as the database is away."""
         pause, began = FIRST_PAUSE_SECONDS, time.monotonic()
         trouble: str | None = None
@@ -314,7 +314,7 @@ class Ingest:
     async def _report(self, recorded: Recorded) -> None:
         if recorded.reserved:
             left = left_on(recorded.reserved)
-            await self._commit(lambda: self._registry.heartbeats.write_available(left))
+            await self._until_done(lambda: self._registry.heartbeats.write_available(left))
         STALE.inc(len(recorded.stale))
         self._events.transitions(recorded.transitions)
         lower = [
@@ -324,7 +324,9 @@ class Ingest:
         ]
         if lower:
             agents = [one.agent_id for one in lower]
-            await self._commit(lambda: self._registry.heartbeats.count_lower_incarnations(agents))
+            await self._until_done(
+                lambda: self._registry.heartbeats.count_lower_incarnations(agents)
+            )
             self._duplicates.warn(lower)
 
     async def _dead_letter(self, batch: Batch, consumer: Consumer | None) -> set[int]:

@@ -32,7 +32,7 @@ from chiffon.orchestrator.connections import Connections
 from chiffon.orchestrator.events import Events
 from chiffon.orchestrator.expiry import Expiry
 from chiffon.orchestrator.ingest import COMMITTING, Ingest
-from chiffon.orchestrator.loop import every
+from chiffon.orchestrator.periodic import every
 from chiffon.orchestrator.requests import Requests
 from chiffon.orchestrator.responder import Responder
 from chiffon.orchestrator.sweeper import Sweeper

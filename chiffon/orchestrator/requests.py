@@ -28,7 +28,7 @@ from chiffon.contract.messages import (
 from chiffon.errors import AgentNotFoundError, BadMessage, CapacityRefused, RegistryUnavailable
 from chiffon.orchestrator.wait_queue import WaitQueueServer
 from chiffon.registry.reservations import Made
-from chiffon.registry.wait_queue import Reply
+from chiffon.registry.wait_queue import ReplyAddress
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Requests:
             messages.RESERVATION_LIST: self._list,
         }
 
-    async def answer(self, kind: str | None, body: bytes, origin: Reply) -> Answered | None:
+    async def answer(self, kind: str | None, body: bytes, origin: ReplyAddress) -> Answered | None:
         """Return the answer; ``None`` if it is given later, by whoever serves the wait queue.
 
         Args:

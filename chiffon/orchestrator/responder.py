@@ -23,7 +23,7 @@ from chiffon.amqp.dead_letters import DeadLetters
 from chiffon.amqp.declare import bind, declare_queue
 from chiffon.amqp.properties import undecodable
 from chiffon.amqp.publisher import Properties, Publisher, acknowledge
-from chiffon.amqp.supervised import SupervisedConnection
+from chiffon.amqp.reconnecting import ReconnectingConnection
 from chiffon.amqp.translation import translated
 from chiffon.capacity.reservations import ReservationService
 from chiffon.contract.codec import MAX_REPLY_BYTES, encode
@@ -52,7 +52,7 @@ from chiffon.errors import (
 from chiffon.observability.metrics import SECONDS
 from chiffon.orchestrator.requests import KINDS, Requests, refusal
 from chiffon.registry.reservations import Made
-from chiffon.registry.wait_queue import Reply
+from chiffon.registry.wait_queue import ReplyAddress
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Responder:
         self,
         requests: Requests,
         reservations: ReservationService,
-        answers: SupervisedConnection,
+        answers: ReconnectingConnection,
         confirmed: Publisher,
         dead_letters: DeadLetters,
         *,
@@ -181,7 +181,7 @@ class Responder:
 
     async def _serve(self, message: DeliveredMessage, received: float) -> None:
         try:
-            await self._answer(message, received)
+            await self._handle(message, received)
         except Exception:
             log.exception("a capacity question failed in an unforeseen way")
         try:
@@ -189,7 +189,7 @@ class Responder:
         except BusUnavailable as error:
             log.debug("%s", error)
 
-    async def _answer(self, message: DeliveredMessage, received: float) -> None:
+    async def _handle(self, message: DeliveredMessage, received: float) -> None:
         properties = message.header.properties
         problem = undecodable(message.header)
         if problem is not None:
@@ -205,7 +205,7 @@ class Responder:
         if time.monotonic() - received > patience:
             QUESTIONS.labels(asked, "dropped").inc()
             return  # it waited here for too long: whoever asked has stopped waiting
-        answer = await self._reply(message, exchange, key)
+        answer = await self._answer_to(message, exchange, key)
         if answer is None:
             QUESTIONS.labels(asked, "waits").inc()
             return
@@ -260,10 +260,12 @@ class Responder:
         except BusUnavailable as error:
             log.warning("the dead letter was not confirmed: %s", error)
 
-    async def _reply(self, message: DeliveredMessage, exchange: str, key: str) -> "_Answer | None":
+    async def _answer_to(
+        self, message: DeliveredMessage, exchange: str, key: str
+    ) -> "_Answer | None":
         """Return the answer; ``None`` if whoever asked waits for it now."""
         properties = message.header.properties
-        origin = Reply(exchange, key, properties.correlation_id)
+        origin = ReplyAddress(exchange, key, properties.correlation_id)
         try:
             _refuse_late(message)
             answered = await self._requests.answer(properties.message_type, message.body, origin)

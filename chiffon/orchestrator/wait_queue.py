@@ -26,7 +26,7 @@ from chiffon.errors import (
 )
 from chiffon.registry.registry import Registry
 from chiffon.registry.rows import Found
-from chiffon.registry.wait_queue import MOST_KINDS, MOST_OF_ONE, Reply, Waiting
+from chiffon.registry.wait_queue import MOST_KINDS, MOST_OF_ONE, Waiting
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class WaitQueueServer:
         self.joined = asyncio.Event()
         """Set when somebody joined here, or is to be looked at again at once."""
 
-    async def join(self, wait_id: UUID, request: CapacityWait, reply: Reply) -> None:
+    async def join(self, wait_id: UUID, request: CapacityWait, reply: ReplyAddress) -> None:
         """Let somebody wait; the answer is published by whoever makes the pass in which it fits.
 
         Args:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 
 from chiffon.amqp.connection import Connection
-from chiffon.amqp.supervised import SupervisedConnection
+from chiffon.amqp.reconnecting import ReconnectingConnection
 from chiffon.amqp.translation import translated
 from chiffon.errors import BusUnavailable, ConsumerStuck
 from chiffon.orchestrator.ingest import Ingest
@@ -34,7 +34,7 @@ class Watchdog:
         supervised: Another connection than the one that consumes.
     """
 
-    def __init__(self, ingest: Ingest, supervised: SupervisedConnection) -> None:
+    def __init__(self, ingest: Ingest, supervised: ReconnectingConnection) -> None:
         self._ingest = ingest
         self._supervised = supervised
         self._mends = 0

@@ -50,7 +50,7 @@ from chiffon.errors import (
     StaleFence,
 )
 from chiffon.planner.events import Event, following
-from chiffon.planner.lease import HeldReservation, now
+from chiffon.planner.held_reservation import HeldReservation, now
 from chiffon.planner.rpc import RpcClient
 
 log = logging.getLogger(__name__)

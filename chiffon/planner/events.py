@@ -11,7 +11,7 @@ from aiormq.abc import DeliveredMessage
 
 from chiffon.amqp.connection import Connection
 from chiffon.amqp.declare import await_exchange
-from chiffon.amqp.supervised import SupervisedConnection
+from chiffon.amqp.reconnecting import ReconnectingConnection
 from chiffon.amqp.translation import translated
 from chiffon.contract.codec import decode
 from chiffon.contract.messages import (
@@ -92,7 +92,7 @@ async def following(
                 yield waiting.popleft()
             arrived.clear()
 
-    async with SupervisedConnection(
+    async with ReconnectingConnection(
         url,
         name=name,
         prepare=prepare,

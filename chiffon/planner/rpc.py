@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from chiffon.amqp.connection import Channel, Connection
 from chiffon.amqp.declare import ANSWER_SECONDS, await_exchange
 from chiffon.amqp.publisher import Properties, publish
-from chiffon.amqp.supervised import SupervisedConnection
+from chiffon.amqp.reconnecting import ReconnectingConnection
 from chiffon.amqp.translation import translated
 from chiffon.contract.codec import MAX_REPLY_BYTES, decode, encode
 from chiffon.contract.messages import BODIES, ERROR, ErrorReply
@@ -53,7 +53,7 @@ class RpcClient:
     """
 
     def __init__(self, url: str, name: str) -> None:
-        self._supervised = SupervisedConnection(
+        self._supervised = ReconnectingConnection(
             url,
             name=name,
             prepare=self._prepare,

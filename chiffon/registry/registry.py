@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 
 from chiffon.errors import TablesMissing
 from chiffon.registry.agents import Agents
+from chiffon.registry.heartbeat_path import HeartbeatPath
 from chiffon.registry.heartbeats import Heartbeats
 from chiffon.registry.offers import IN_ORDER, Offers
-from chiffon.registry.path import Path
 from chiffon.registry.pool import Pool
 from chiffon.registry.reservations import ReservationRows
 from chiffon.registry.sweep import Sweep
@@ -31,7 +31,7 @@ class Registry:
     def __init__(self, pool: Pool, in_order: Pool) -> None:
         self._pool = pool
         self.heartbeats = Heartbeats(pool)
-        self.path = Path(pool)
+        self.path = HeartbeatPath(pool)
         self.sweep = Sweep(pool)
         self.agents = Agents(pool)
         self.offers = Offers(pool, in_order)

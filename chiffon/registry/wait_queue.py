@@ -38,7 +38,7 @@ MOST_WAITING = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ReplyAddress:
     """Where an answer goes, and which request it belongs to."""
 
     exchange: str
@@ -60,7 +60,7 @@ class Waiting:
 
     wait_id: UUID
     request: CapacityWait
-    reply: Reply
+    reply: ReplyAddress
     is_over: bool
     kind: int
 
@@ -74,7 +74,7 @@ class WaitQueue:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
-    async def join(self, wait_id: UUID, request: CapacityWait, reply: Reply) -> bool:
+    async def join(self, wait_id: UUID, request: CapacityWait, reply: ReplyAddress) -> bool:
         """Go to the end of the queue; who is in it keeps the position and changes the rest.
 
         Returns:
@@ -100,7 +100,7 @@ class WaitQueue:
         for row in rows:
             try:
                 request = CapacityWait.model_validate_json(row["request"])
-                reply = Reply(**json.loads(row["reply"]))
+                reply = ReplyAddress(**json.loads(row["reply"]))
             except (ValueError, TypeError):
                 unreadable.append(row["wait_id"])
                 continue

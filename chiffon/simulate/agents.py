@@ -11,7 +11,7 @@ from uuid import UUID
 
 from chiffon import __version__
 from chiffon.amqp.publisher import Publisher, publish_heartbeat
-from chiffon.amqp.supervised import SupervisedConnection
+from chiffon.amqp.reconnecting import ReconnectingConnection
 from chiffon.contract.messages import AgentStatus, StatusUpdate
 from chiffon.errors import BusUnavailable
 from chiffon.simulate.model import Expected
@@ -233,7 +233,7 @@ class SharedConnection:
         supervised: The connection.
     """
 
-    def __init__(self, supervised: SupervisedConnection) -> None:
+    def __init__(self, supervised: ReconnectingConnection) -> None:
         self._supervised = supervised
         self._publisher = Publisher(supervised)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
-from chiffon.amqp.supervised import SupervisedConnection
+from chiffon.amqp.reconnecting import ReconnectingConnection
 from chiffon.contract.lease import OUTAGE_FEWEST, lease_for, offline_after
 from chiffon.contract.messages import AgentEvent, CapacityQuery
 from chiffon.errors import BadConfiguration, ChiffonError
@@ -109,7 +109,7 @@ async def run(settings: Settings, plan: Plan, tell: Callable[[str], None]) -> Ou
         shared = [
             SharedConnection(
                 await stack.enter_async_context(
-                    SupervisedConnection(amqp_url, name=f"chiffon simulate {number}")
+                    ReconnectingConnection(amqp_url, name=f"chiffon simulate {number}")
                 )
             )
             for number in range(plan.connections)

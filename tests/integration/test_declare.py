@@ -11,7 +11,7 @@ import pytest
 from chiffon.amqp.connection import Connection, dial, dial_any
 from chiffon.amqp.declare import Finding, await_exchange, check, declare, ensure
 from chiffon.amqp.publisher import Properties, Publisher, publish
-from chiffon.amqp.supervised import SupervisedConnection
+from chiffon.amqp.reconnecting import ReconnectingConnection
 from chiffon.contract import topology
 from chiffon.contract.topology import Topology
 from chiffon.errors import BusRefused, BusUnavailable, TopologyMismatch, TopologyMissing, Unroutable
@@ -156,7 +156,7 @@ async def test_a_link_survives_a_bug_in_what_prepares_it(
             raise ZeroDivisionError("oops")
 
     async with (
-        SupervisedConnection(amqp_url, name="test", prepare=prepare) as link,
+        ReconnectingConnection(amqp_url, name="test", prepare=prepare) as link,
         asyncio.timeout(20),
     ):
         assert await link.connection() is tries[1]
@@ -183,7 +183,7 @@ async def test_a_session_whose_confirms_do_not_come_is_dropped(amqp_url: str) ->
     server = await asyncio.start_server(relay, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     url = parts._replace(netloc=f"{parts.username}:{parts.password}@127.0.0.1:{port}").geturl()
-    async with SupervisedConnection(url, name="test") as link:
+    async with ReconnectingConnection(url, name="test") as link:
         connection = await link.connection()
         publisher = Publisher(link)
         # The default exchange and a queue that is there prove that confirms come at first.

@@ -7,7 +7,7 @@ import pytest
 
 from chiffon.amqp.connection import Connection
 from chiffon.amqp.publisher import Properties, Publisher
-from chiffon.amqp.supervised import SupervisedConnection
+from chiffon.amqp.reconnecting import ReconnectingConnection
 from chiffon.errors import BusUnavailable
 from tests.fixtures.proxy import Proxy
 
@@ -33,7 +33,7 @@ async def publish(publisher: Publisher) -> None:
 async def test_a_connection_that_confirms_nothing_in_time_is_given_up(
     amqp_url: str, broker: str, proxy: Proxy
 ) -> None:
-    async with SupervisedConnection(proxy.url(amqp_url), name="test") as link:
+    async with ReconnectingConnection(proxy.url(amqp_url), name="test") as link:
         publisher = Publisher(link)
         await publish(publisher)
         connection = await link.connection()
@@ -55,7 +55,7 @@ async def test_who_waited_for_the_connection_does_not_take_the_new_one_down(
         dialled.set()
         await asyncio.sleep(0.8 * TIMEOUT)
 
-    async with SupervisedConnection(proxy.url(amqp_url), name="test", prepare=slow) as link:
+    async with ReconnectingConnection(proxy.url(amqp_url), name="test", prepare=slow) as link:
         await dialled.wait()
         waiting = asyncio.create_task(publish(Publisher(link)))
         connection = await link.connection()
@@ -71,5 +71,5 @@ async def test_a_link_ends_whatever_it_does_at_that_moment(amqp_url: str, broker
     """The client library shrugs off a cancellation in the middle of dialling."""
     for step in range(100):
         async with asyncio.timeout(30):
-            async with SupervisedConnection(amqp_url, name="test"):
+            async with ReconnectingConnection(amqp_url, name="test"):
                 await asyncio.sleep(step * 0.0002)

@@ -28,10 +28,10 @@ from chiffon.errors import (
     StaleFence,
 )
 from chiffon.orchestrator.responder import QUESTIONS
-from chiffon.planner.lease import usable_seconds
+from chiffon.planner.held_reservation import usable_seconds
 from chiffon.planner.rpc import RpcClient
 from chiffon.registry.registry import Registry
-from chiffon.registry.wait_queue import Reply, WaitQueue
+from chiffon.registry.wait_queue import ReplyAddress, WaitQueue
 from tests.fixtures import plain
 from tests.fixtures.caller import Caller
 from tests.fixtures.proxy import Proxy
@@ -519,7 +519,7 @@ async def test_many_who_want_what_is_not_there_hold_up_nobody(
 ) -> None:
     queue = registry.wait_queue
     greedy = CapacityWait(min_gpu_vram_gb=1_000, timeout_seconds=3_600)
-    nobody = Reply("", "amq.gen-gone", None)
+    nobody = ReplyAddress("", "amq.gen-gone", None)
     for _ in range(300):
         assert await queue.join(uuid4(), greedy, nobody)
     await record(registry, rig(gpu(0, 50.0), interval_seconds=60.0))
@@ -537,13 +537,13 @@ async def test_who_was_offered_what_another_took_comes_back_to_the_same_place(
     wanted = CapacityWait(min_gpu_vram_gb=40)
     first, second = uuid4(), uuid4()
     for wait_id in (first, second):
-        await queue.join(wait_id, wanted, Reply("", "amq.gen-x", None))
+        await queue.join(wait_id, wanted, ReplyAddress("", "amq.gen-x", None))
     agent_id = uuid4()
 
     await queue.note_offers({first: agent_id})
     assert [one.wait_id for one in await queue.waiting()] == [second]
     assert await queue.offered_lately() == {agent_id}
-    await queue.join(first, wanted, Reply("", "amq.gen-x", None))
+    await queue.join(first, wanted, ReplyAddress("", "amq.gen-x", None))
 
     assert [one.wait_id for one in await queue.waiting()] == [first, second]
     assert await queue.offered_lately() == set()

@@ -8,7 +8,7 @@ import pytest
 
 from chiffon.contract.messages import Reservation
 from chiffon.errors import BusUnavailable, StaleFence
-from chiffon.planner.lease import HeldReservation, now, usable_seconds
+from chiffon.planner.held_reservation import HeldReservation, now, usable_seconds
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 

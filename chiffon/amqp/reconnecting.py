@@ -1,6 +1,6 @@
 """A connection that is kept alive.
 
-A ``SupervisedConnection`` dials the hosts in turn with full jitter, prepares what its owner needs
+A ``ReconnectingConnection`` dials the hosts in turn with full jitter, prepares what its owner needs
 on each new connection, and drops it whole at the first sign of trouble, an error on any of its
 channels included. The robust mode of aio-pika is not used: it knows one host, a fixed pause, and
 has left consumers dead on a connection that said it was open.
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 C = TypeVar("C", bound=AnyConnection, default=Connection)
 
 
-class SupervisedConnection(Generic[C]):
+class ReconnectingConnection(Generic[C]):
     """One AMQP connection that is kept alive for as long as the context is open.
 
     Args:

@@ -1,4 +1,4 @@
-"""Whether heartbeats reach the registry; the statements are in ``sql/path.sql``."""
+"""Whether heartbeats reach the registry; the statements are in ``sql/heartbeat_path.sql``."""
 
 import time
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from chiffon.contract.topology import INGEST
 from chiffon.registry.pool import Pool
 
 
-class Path:
+class HeartbeatPath:
     """The path of the heartbeats, as canaries prove it. Raises what ``Registry`` does."""
 
     def __init__(self, pool: Pool) -> None:
