@@ -3,6 +3,8 @@
 * ChiffonError
     * BadMessage             a body that is not the message it says it is
     * BadConfiguration       a setting that cannot work
+    * StateUnavailable       the state folder cannot be read or written now
+    * AddressTaken           another program listens where we are to
     * ProbeError             hardware is present but could not be read
     * AgentNotFoundError     no such agent in the registry
     * RegistryUnavailable    PostgreSQL cannot be reached, or not in time
@@ -58,6 +60,14 @@ class BadMessage(ChiffonError):
 
 class BadConfiguration(ChiffonError):
     """A setting that cannot work; the message names it."""
+
+
+class StateUnavailable(ChiffonError):
+    """The state folder cannot be read or written now: full, another user's, or damaged."""
+
+
+class AddressTaken(ChiffonError):
+    """Another program listens where we are to; the message names the setting."""
 
 
 class ProbeError(ChiffonError):
@@ -234,10 +244,12 @@ _EXIT_CODES: dict[type, int] = {
     ChildFailed: 69,
     CapacityTimeout: 75,
     AlreadyUp: 75,
+    AddressTaken: 75,
     BusRefused: 77,
     RegistryRefused: 77,
     TablesMissing: 78,
     BadConfiguration: 78,
+    StateUnavailable: 78,
     TopologyMismatch: 78,
 }
 

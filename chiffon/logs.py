@@ -6,7 +6,10 @@ keeps its own logging. Text and JSON carry the same fields.
 
 import logging
 import sys
+import time
 from typing import Literal
+
+SAY_AGAIN_SECONDS = 60.0
 
 LogFormat = Literal["text", "json"]
 
@@ -55,6 +58,27 @@ def configure_for_command(level: str = "WARNING") -> None:
     logging.getLogger().handlers[:] = [handler]
     logging.getLogger("chiffon").setLevel(level)
     _quiet_libraries()
+
+
+class Trouble:
+    """What goes wrong again and again, said when it is new, and once a minute while it lasts."""
+
+    def __init__(self) -> None:
+        self.said: str | None = None
+        self._said_at = 0.0
+
+    def is_news(self, trouble: str) -> bool:
+        """Return whether to say it now."""
+        now = time.monotonic()
+        if trouble == self.said and now - self._said_at < SAY_AGAIN_SECONDS:
+            return False
+        self.said, self._said_at = trouble, now
+        return True
+
+    def is_over(self) -> bool:
+        """Note that all is well; return whether it was not before."""
+        before, self.said = self.said, None
+        return before is not None
 
 
 def _quiet_libraries() -> None:

@@ -2,13 +2,29 @@
 
 import asyncio
 import gc
+import logging
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import TypeVar
 
-from chiffon.errors import ChiffonError, exit_code
-from chiffon.logs import configure
+from chiffon.errors import (
+    BusUnavailable,
+    ChiffonError,
+    RegistryUnavailable,
+    StateUnavailable,
+    exit_code,
+)
+from chiffon.logs import Trouble, configure
 from chiffon.settings import Settings, load
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+FIRST_PAUSE_SECONDS = 0.2
+LONGEST_PAUSE_SECONDS = 5.0
 
 
 def main(name: str, run: Callable[[Settings], Awaitable[None]]) -> int:
@@ -41,6 +57,37 @@ def stopped_by(*signals: signal.Signals) -> asyncio.Event:
     for number in signals or (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     return stopped
+
+
+async def patiently(
+    work: Callable[[], Awaitable[T]], stopped: asyncio.Event, *, trouble: str
+) -> T | None:
+    """Do what a process needs first, as soon as it can be done.
+
+    What a person has to mend is waited for, and said once a minute: a user that is made later, a
+    database without tables, a full disk. A supervisor that gave up would need a second command.
+
+    Args:
+        work: Tried every few seconds.
+        stopped: Ends the waiting.
+        trouble: What is not done meanwhile, for people.
+
+    Returns:
+        What ``work`` returned; ``None`` if stopped before.
+    """
+    lasting = Trouble()
+    pause = FIRST_PAUSE_SECONDS
+    while not stopped.is_set():
+        try:
+            return await work()
+        except (BusUnavailable, RegistryUnavailable, StateUnavailable) as error:
+            if lasting.is_news(str(error)):
+                log.warning("%s, waiting: %s", trouble, error)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(pause):
+                await stopped.wait()
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+    return None
 
 
 def spare_collector() -> None:

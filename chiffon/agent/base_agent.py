@@ -70,7 +70,6 @@ class BaseAgent:
         interval_seconds: To the next heartbeat, as promised in each; 0.5 to 600.
         hostname: Shown to people; default ``socket.gethostname()``.
         resources: Reads the host; it stays the caller's to close. Default: a ``Reader``.
-        stop_if_refused: Whether a broker that never let us in and refuses us ends ``run``.
 
     Raises:
         pydantic.ValidationError: A value that the contract does not allow.
@@ -88,7 +87,6 @@ class BaseAgent:
         interval_seconds: float = 5.0,
         hostname: str | None = None,
         resources: Resources | None = None,
-        stop_if_refused: bool = False,
     ) -> None:
         self.identity = fresh() if identity is None else identity
         self.hostname = socket.gethostname() if hostname is None else hostname
@@ -106,7 +104,6 @@ class BaseAgent:
             name=str(self.identity.agent_id),
             prepare=self._await_exchange,
             redial_cap_seconds=redial_cap(lease),
-            stop_if_refused=stop_if_refused,
         )
         self._publisher = Publisher(self._supervised)
         self._is_exchange_known = False
@@ -173,11 +170,7 @@ class BaseAgent:
         return time.monotonic() - self._confirmed_at
 
     async def wait(self) -> None:
-        """Wait for as long as heartbeats are sent.
-
-        Raises:
-            BusRefused: The broker refused us and the agent was made with ``stop_if_refused``.
-        """
+        """Wait for as long as heartbeats are sent: until a bug of ours, which is raised."""
         await asyncio.shield(self._task)
 
     async def send_heartbeat(self) -> StatusUpdate:

@@ -6,13 +6,13 @@ It also starts as ``python -m chiffon.agent`` where only the agent is installed.
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from contextlib import ExitStack, asynccontextmanager, closing
 from typing import Any
 
 from chiffon.agent.base_agent import BaseAgent
-from chiffon.agent.identity import open_identity
+from chiffon.agent.identity import Identity, open_identity
 from chiffon.agent.wiring import agent_of, reader_of
-from chiffon.process import stopped_by
+from chiffon.process import patiently, stopped_by
 from chiffon.settings import Settings, describe
 
 log = logging.getLogger(__name__)
@@ -23,11 +23,18 @@ async def run(settings: Settings) -> None:
 
     Raises:
         BadConfiguration: The settings cannot work, or another agent runs on the state folder.
-        BusRefused: The broker does not let us in.
     """
     # First of all: who has a new incarnation owes a farewell.
     stopped = stopped_by()
-    with open_identity(settings.state_folder) as who, closing(await reader_of(settings)) as reader:
+    with ExitStack() as stack:
+
+        async def identified() -> Identity:
+            return stack.enter_context(open_identity(settings.state_folder))
+
+        who = await patiently(identified, stopped, trouble="no agent without its identity")
+        if who is None:
+            return
+        reader = stack.enter_context(closing(await reader_of(settings)))
         async with agent_of(settings, who, reader) as agent, _exposing(settings, agent):
             log.info(
                 "agent %s on %s, broker %s",

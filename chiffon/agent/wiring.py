@@ -29,5 +29,4 @@ def agent_of(settings: Settings, who: Identity, reader: Reader) -> BaseAgent:
         capabilities=settings.capabilities,
         interval_seconds=settings.heartbeat_interval_seconds,
         resources=reader,
-        stop_if_refused=True,
     )

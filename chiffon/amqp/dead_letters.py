@@ -4,7 +4,9 @@
 and acknowledge the original after the confirm.
 """
 
+import logging
 import time
+from collections.abc import Awaitable, Callable
 
 from aiormq.abc import DeliveredMessage
 
@@ -19,6 +21,9 @@ from chiffon.contract.topology import (
     REASON_HEADER,
     SET_ASIDE_HEADER,
 )
+from chiffon.errors import TopologyMissing, Unroutable
+
+log = logging.getLogger(__name__)
 
 CONFIRM_SECONDS = 2.0
 
@@ -28,10 +33,16 @@ class DeadLetters:
 
     Args:
         supervised: The connection to publish on.
+        make_again: Puts exchange and queue on the broker, where somebody deleted them.
     """
 
-    def __init__(self, supervised: ReconnectingConnection) -> None:
+    def __init__(
+        self,
+        supervised: ReconnectingConnection,
+        make_again: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         self._publisher = Publisher(supervised)
+        self._make_again = make_again
 
     async def publish(self, message: DeliveredMessage | Delivery, reason: str) -> None:
         """Publish a refused message, and wait for the confirm.
@@ -41,6 +52,16 @@ class DeadLetters:
         Raises:
             BusUnavailable: Not confirmed within 2 s.
         """
+        try:
+            await self._publish(message, reason)
+        except (Unroutable, TopologyMissing) as error:
+            if self._make_again is None:
+                raise
+            log.warning("making the dead letters again: %s", error)
+            await self._make_again()
+            await self._publish(message, reason)
+
+    async def _publish(self, message: DeliveredMessage | Delivery, reason: str) -> None:
         original = message.header.properties
         await self._publisher.publish(
             message.body,

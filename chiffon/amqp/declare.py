@@ -77,6 +77,7 @@ async def declare(
         for binding in wanted.bindings:
             if binding.to not in without:
                 await bind(channel, binding)
+        await connection.discard(channel)
     except TopologyMismatch as error:
         raise TopologyMismatch(
             f"{error}. What is there has other arguments: delete it on the broker (it is declared "

@@ -21,10 +21,15 @@ from chiffon.amqp.translation import translated
 from chiffon.amqp.url import hosts
 from chiffon.contract.lease import redial_delay
 from chiffon.errors import BusRefused, BusUnavailable, TopologyMissing
+from chiffon.logs import Trouble
 
 log = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=AnyConnection, default=Connection)
+
+
+REFUSED_CAPS = 3
+"""How many times longer the longest pause is while the broker refuses us: for an agent a lease."""
 
 
 class ReconnectingConnection(Generic[C]):
@@ -61,6 +66,7 @@ class ReconnectingConnection(Generic[C]):
         self._stop_if_refused = stop_if_refused
         self._attempt = 0
         self._last_error: BusUnavailable | None = None
+        self._lasting = Trouble()
         self._closing: set[asyncio.Task[None]] = set()
         self._ready: asyncio.Future[C]
         self._task: asyncio.Task[None]
@@ -115,7 +121,10 @@ class ReconnectingConnection(Generic[C]):
                     await self._serve(connection)
                 finally:
                     self._close_aside(connection)
-            delay = redial_delay(self._attempt, self._cap, random.random())
+            # Somebody has to make the user or mend its rights: that is not done sooner for asking.
+            is_refused = isinstance(self._last_error, BusRefused)
+            cap = REFUSED_CAPS * self._cap if is_refused else self._cap
+            delay = redial_delay(self._attempt, cap, random.random())
             self._attempt += 1
             await asyncio.sleep(delay)
 
@@ -123,6 +132,7 @@ class ReconnectingConnection(Generic[C]):
         """Hand the connection out until it is lost."""
         self._stop_if_refused = False
         self._last_error = None
+        self._lasting.is_over()
         self.trouble = f"the broker at {connection.where} does not answer"
         if not connection.lost.done():
             connection.on_lost = self._renew
@@ -171,8 +181,7 @@ class ReconnectingConnection(Generic[C]):
         return connection
 
     def _report(self, error: BusUnavailable) -> None:
-        # The same trouble at every dial is logged once, and again after each doubling of the pause.
-        if str(error) != self.trouble or self._attempt & (self._attempt - 1) == 0:
+        if self._lasting.is_news(str(error)):
             log.warning("%s; trying again", error)
         self.trouble = str(error)
         self._last_error = error

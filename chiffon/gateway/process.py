@@ -5,6 +5,7 @@ Any number may run. It answers from the registry, and writes reservations there.
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import logging
 import socket
@@ -19,7 +20,7 @@ from chiffon.amqp.reconnecting import ReconnectingConnection
 from chiffon.capacity.reservations import ReservationService
 from chiffon.capacity.service import OrchestratorService
 from chiffon.contract.topology import RPC
-from chiffon.errors import BadConfiguration
+from chiffon.errors import AddressTaken, BadConfiguration
 from chiffon.gateway.app import FOLLOWERS, Parts, make
 from chiffon.gateway.history import History
 from chiffon.gateway.live import Live
@@ -50,6 +51,7 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
 
     Raises:
         BadConfiguration: Nobody can listen at that address.
+        AddressTaken: Another program does.
     """
     if settings.http_fd is not None:
         listening = _inherited(settings.http_fd)
@@ -151,9 +153,9 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.listen(1_024)
     except OSError as error:
         listening.close()
-        raise BadConfiguration(
-            f"CHIFFON_HTTP_PORT: cannot listen on {host}:{port}: {error.strerror}"
-        ) from None
+        # A port that is taken may be free again; the others stay as they are until another start.
+        kind = AddressTaken if error.errno == errno.EADDRINUSE else BadConfiguration
+        raise kind(f"CHIFFON_HTTP_PORT: cannot listen on {host}:{port}: {error.strerror}") from None
     return listening
 
 

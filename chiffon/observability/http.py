@@ -6,6 +6,7 @@ still turns; the sockets are served by threads, so that a loop that does not is 
 
 import asyncio
 import concurrent.futures
+import errno
 import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -15,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from urllib.parse import parse_qs, urlsplit
 
-from chiffon.errors import BadConfiguration
+from chiffon.errors import AddressTaken, BadConfiguration
 
 ANSWER_SECONDS = 5.0
 SOCKET_SECONDS = 10.0
@@ -49,12 +50,15 @@ async def exposing(host: str, port: int, pages: Pages) -> AsyncIterator[int]:
 
     Raises:
         BadConfiguration: Nobody can listen there.
+        AddressTaken: Another program does.
     """
     loop = asyncio.get_running_loop()
     try:
         server = _Server((host, port), _Handler)
     except OSError as error:
-        raise BadConfiguration(
+        # A port that is taken may be free again; the others stay as they are until another start.
+        kind = AddressTaken if error.errno == errno.EADDRINUSE else BadConfiguration
+        raise kind(
             f"CHIFFON_METRICS_PORT: cannot listen on {host}:{port}: {error.strerror}"
         ) from None
     server.loop, server.pages = loop, pages

@@ -98,6 +98,9 @@ class ConnectionEvents:
 
     async def _follow(self, connection: Connection) -> None:
         channel = await connection.channel(confirms=False)
+        channel.on_consumer_cancel_callbacks.add(
+            lambda _: connection.drop("the broker cancelled the consumer of connection events")
+        )
         with translated(f"looking for the exchange {EXCHANGE}"):
             await channel.exchange_declare(EXCHANGE, passive=True, timeout=ANSWER_SECONDS)
         with translated("following connections"):

@@ -19,6 +19,7 @@ from chiffon.amqp.frames import Delivery
 from chiffon.capacity.reservations import left_on
 from chiffon.contract.topology import INGEST, ONE_QUEUE, Topology
 from chiffon.errors import BusUnavailable, RegistryUnavailable, RowRefused
+from chiffon.logs import Trouble
 from chiffon.observability.metrics import SECONDS
 from chiffon.orchestrator.batch import Batch
 from chiffon.orchestrator.duplicate_agents import DuplicateAgents
@@ -249,18 +250,17 @@ class Ingest:
     async def _until_done(self, act: Callable[[], Awaitable[None]]) -> None:
         """Do something in the registry, trying again for as long as the database is away."""
         pause, began = FIRST_PAUSE_SECONDS, time.monotonic()
-        trouble: str | None = None
+        lasting = Trouble()
         while True:
             try:
                 await act()
             except RegistryUnavailable as error:
-                if trouble != str(error):
-                    trouble = str(error)
-                    log.warning("heartbeats wait, trying again: %s", trouble)
+                if lasting.is_news(str(error)):
+                    log.warning("heartbeats wait, trying again: %s", error)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
             else:
-                if trouble is not None:
+                if lasting.is_over():
                     log.warning(
                         "heartbeats are recorded again, after %.1f s", time.monotonic() - began
                     )

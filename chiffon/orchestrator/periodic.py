@@ -5,6 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from chiffon.errors import BusUnavailable, RegistryUnavailable
+from chiffon.logs import Trouble
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +19,7 @@ async def every(
 ) -> None:
     """Do ``work`` at once and then every so often, until cancelled.
 
-    A broker or database that is away is waited for, and said once for each reason. What a bug, or
+    A broker or database that is away is waited for, and said once a minute. What a bug, or
     a row that somebody else wrote, makes the work raise is logged with its traceback: it must not
     end the process, again and again.
 
@@ -28,15 +29,14 @@ async def every(
         trouble: What is not done meanwhile, for people: ``no sweep``.
         wake: Begins the next turn when it is set, and is cleared by that.
     """
-    said: str | None = None
+    lasting = Trouble()
     while True:
         try:
             await work()
-            said = None
+            lasting.is_over()
         except (BusUnavailable, RegistryUnavailable) as error:
-            if said != str(error):
-                said = str(error)
-                log.warning("%s: %s", trouble, said)
+            if lasting.is_news(str(error)):
+                log.warning("%s: %s", trouble, error)
         except Exception:
             log.exception("%s: it failed in an unforeseen way", trouble)
         await _pause(seconds, wake)

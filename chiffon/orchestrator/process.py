@@ -5,8 +5,6 @@ Any number may run on one broker and database; any may die at any time.
 
 import asyncio
 import logging
-import math
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
@@ -17,7 +15,6 @@ from chiffon.amqp import consumer, properties
 from chiffon.amqp.connection import Connection, dial_any
 from chiffon.amqp.consumer import Consumer
 from chiffon.amqp.dead_letters import DeadLetters
-from chiffon.amqp.declare import ensure
 from chiffon.amqp.publisher import Publisher
 from chiffon.capacity.reservations import ReservationService
 from chiffon.capacity.service import OrchestratorService
@@ -36,16 +33,16 @@ from chiffon.orchestrator.periodic import every
 from chiffon.orchestrator.requests import Requests
 from chiffon.orchestrator.responder import Responder
 from chiffon.orchestrator.sweeper import Sweeper
+from chiffon.orchestrator.upkeep import LOOK_SECONDS, Upkeep
 from chiffon.orchestrator.wait_queue import PASS_SECONDS, WaitQueueServer
 from chiffon.orchestrator.watchdog import Watchdog
-from chiffon.process import spare_collector, stopped_by
+from chiffon.process import patiently, spare_collector, stopped_by
 from chiffon.registry import migrations
 from chiffon.registry.registry import CONNECTIONS, Registry
 from chiffon.settings import Settings, describe
 
 log = logging.getLogger(__name__)
 
-DECLARED_SECONDS = 0.5
 DRAIN_SECONDS = 8.0
 """For the last batch to be committed and acknowledged after SIGTERM."""
 
@@ -59,21 +56,25 @@ async def run(settings: Settings) -> None:
 async def serve(settings: Settings, stopped: asyncio.Event) -> None:
     """Serve until ``stopped``; then finish the batch at hand, acknowledge it and return.
 
+    Broker, database and tables are waited for.
+
     Raises:
-        BusUnavailable: The broker cannot be reached at the start, or its topology cannot be used.
-        RegistryUnavailable: The database cannot be reached at the start, or has older tables.
+        BadConfiguration: A setting that cannot work.
+        ConsumerStuck: The broker gives our consumer nothing, whatever we do.
     """
     properties.install()
     async with AsyncExitStack() as stack:
         orchestrator = Orchestrator(settings, stack)
-        await orchestrator.open()
         log.info(
             "%s: broker %s, database %s",
             orchestrator.name,
             describe(settings.amqp_url),
             describe(settings.database_url),
         )
-        await orchestrator.run(stopped)
+        await orchestrator.wait(stopped)
+        if not stopped.is_set():
+            await orchestrator.open()
+            await orchestrator.run(stopped)
     log.info("%s stopped", orchestrator.name)
 
 
@@ -96,29 +97,37 @@ class Orchestrator:
         if settings.ingest_shard is not None:
             self._queues = (self._topology.ingest[settings.ingest_shard - 1],)
         self._connections = Connections(self._url, self.name, stack)
-        self._declaring, self._declared_at = asyncio.Lock(), -math.inf
+        self._upkeep = Upkeep(partial(self._dial, "declares"), self._topology, self._queues)
+        self._checks: dict[str, Callable[[], Awaitable[None]]] = {}
 
-    async def open(self) -> None:
-        """Open the registry and all connections, and make the parts.
-
-        Raises:
-            BusUnavailable, RegistryUnavailable: As ``serve``.
-        """
-        settings, connect = self._settings, self._connections.open
+    async def wait(self, stopped: asyncio.Event) -> None:
+        """Open the registry, and wait until tables and topology are there, or we are stopped."""
+        settings = self._settings
         self._registry = await self._stack.enter_async_context(
             Registry.open(
                 settings.database_url.get_secret_value(),
                 connections=CONNECTIONS + COMMITTING * (len(self._queues) - 1),
             )
         )
-        await migrations.require_head(self._registry)
-        await self._declare()  # what cannot be mended ends the process here
+        self._checks = {"start": _not_started, **migrations.checks(self._registry)}
+        if settings.metrics_port is not None:
+            port = await self._stack.enter_async_context(
+                exposing(settings.metrics_host, settings.metrics_port, self._pages())
+            )
+            log.info("metrics and health on %s:%d", settings.metrics_host, port)
+        for needed in (partial(migrations.require_head, self._registry), self._upkeep.ensure):
+            await patiently(needed, stopped, trouble="not started yet")
 
-        publishes = await connect("publishes", prepare=lambda _: self._declare())
-        dead_letters, self._events = DeadLetters(publishes), Events(publishes)
-        answers = await connect("answers")
+    async def open(self) -> None:
+        """Open all connections, and make the parts."""
+        settings, connect, declared = self._settings, self._connections.open, self._upkeep.ensure
+        publishes = await connect("publishes", prepare=declared)
+        dead_letters = DeadLetters(publishes, partial(declared, is_missed=True))
+        self._events = Events(publishes)
+        answers = await connect("answers", prepare=declared)
         self._keys = canary_keys(self._id, self._topology, self._queues)
-        self._canary = Canary(await connect("sends canaries"), self._keys)
+        self._canary = Canary(await connect("sends canaries", prepare=declared), self._keys)
+        self._declares = await connect("declares")
 
         capacity = OrchestratorService(self._registry)
         reservations = ReservationService(self._registry)
@@ -154,11 +163,13 @@ class Orchestrator:
         self._expiry = Expiry(
             reservations, self._events, offline_seconds=settings.reservation_offline_seconds
         )
-        if settings.metrics_port is not None:
-            port = await self._stack.enter_async_context(
-                exposing(settings.metrics_host, settings.metrics_port, self._pages())
-            )
-            log.info("metrics and health on %s:%d", settings.metrics_host, port)
+        connections = self._connections.by_use
+        self._checks = {
+            "broker": health.connected(connections["publishes"]),
+            "consumer": partial(_require_consuming, self._ingests),
+            "questions": partial(_require_answering, self._responder),
+            **migrations.checks(self._registry),
+        }
 
     async def run(self, stopped: asyncio.Event) -> None:
         """Run the parts until ``stopped``, or until one of them ends, which is raised."""
@@ -194,6 +205,7 @@ class Orchestrator:
                 trouble="those who wait are not answered",
                 wake=wait_queue.joined,
             ),
+            "upkeep": every(LOOK_SECONDS, self._keep_up, trouble="what is gone stays gone"),
             "canary": every(CANARY_INTERVAL_SECONDS, self._canary.publish, trouble="no canary"),
             "events": self._events.run(),
             "connection events": followed.run(),
@@ -220,41 +232,42 @@ class Orchestrator:
         )
 
     async def _respond(self, connection: Connection) -> None:
-        await self._declare()  # again: the broker may have come back empty
+        await self._upkeep.ensure()  # again: the broker may have come back empty
         await self._responder.attach(connection)
 
     async def _consume(self, ingest: Ingest, connection: Consumer) -> None:
-        await self._declare()
+        await self._upkeep.ensure()
         await ingest.attach(connection)
 
-    async def _declare(self) -> None:
-        async with self._declaring:
-            # After a restart of the broker all connections come here at about the same time.
-            if time.monotonic() - self._declared_at > DECLARED_SECONDS:
-                await ensure(lambda: self._dial("declares"), self._topology, self._queues)
-                self._declared_at = time.monotonic()
+    async def _keep_up(self) -> None:
+        await self._upkeep.look(self._declares)
+        await self._responder.bind()
 
     async def _dial(self, use: str) -> Connection:
         return await dial_any(self._url, f"{self.name} {use}")
 
     def _pages(self) -> dict[str, Callable[[bool], Awaitable[Page]]]:
-        connections = self._connections.by_use
-        checks: dict[str, Callable[[], Awaitable[None]]] = {
-            "broker": health.connected(connections["publishes"]),
-            "consumer": partial(_require_consuming, self._ingests),
-            "questions": health.connected(connections["consumes requests"]),
-            **migrations.checks(self._registry),
-        }
-
         async def exposed(_: bool) -> Page:
-            reads = metrics.connections(connections), fleet_metrics.fleet(self._registry)
+            reads = (
+                metrics.connections(self._connections.by_use),
+                fleet_metrics.fleet(self._registry),
+            )
             return Page(await metrics.page(*reads), content_type=metrics.CONTENT_TYPE)
 
         return {
             "/livez": health.livez,
-            "/readyz": lambda verbose: health.readyz(checks, verbose),
+            "/readyz": lambda verbose: health.readyz(self._checks, verbose),
             "/metrics": exposed,
         }
+
+
+async def _not_started() -> None:
+    raise BusUnavailable("waits for the broker, the database or its tables; the log says for what")
+
+
+async def _require_answering(responder: Responder) -> None:
+    if not responder.is_attached:
+        raise BusUnavailable("capacity questions are not answered here")
 
 
 async def _require_consuming(ingests: Sequence[Ingest]) -> None:

@@ -140,6 +140,20 @@ class Responder:
         self._session, self._channel = connection, channel
         log.info("answering %s", queue.name)
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether we believe that the broker gives us questions."""
+        return self._channel is not None and not self._channel.is_closed
+
+    async def bind(self) -> None:
+        """Bind the queue again: an exchange that was deleted took the binding with it.
+
+        Raises:
+            BusUnavailable: The connection is gone.
+        """
+        if self._channel is not None and self.is_attached:
+            await bind(self._channel, Binding(RPC, self._queue.name, CAPACITY_KEY))
+
     async def run(self, dial: Callable[[], Awaitable[Connection]]) -> None:
         """Return from the standby queue when the node of the usual one is back, until cancelled.
 

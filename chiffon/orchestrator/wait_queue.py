@@ -26,7 +26,7 @@ from chiffon.errors import (
 )
 from chiffon.registry.registry import Registry
 from chiffon.registry.rows import Found
-from chiffon.registry.wait_queue import MOST_KINDS, MOST_OF_ONE, Waiting
+from chiffon.registry.wait_queue import MOST_KINDS, MOST_OF_ONE, ReplyAddress, Waiting
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from chiffon.amqp.declare import declare
 from chiffon.contract.messages import ResourceMetrics
 from chiffon.embedded import rabbitmq
 from chiffon.embedded.rabbitmq import RabbitMQ
-from chiffon.errors import BusRefused, NotTaken, Unroutable
+from chiffon.errors import NotTaken, Unroutable
 from chiffon.probes.nvidia import NvidiaProbe
 from chiffon.probes.reader import Reader
 from tests.fixtures import plain
@@ -223,17 +223,6 @@ async def test_a_heartbeat_that_a_queue_did_not_take_is_not_sent_again_at_once(
         assert "lost the broker" not in caplog.text
 
     assert (await inbox.body())["status"] == "offline"
-
-
-async def test_a_broker_that_refuses_from_the_start_ends_an_agent_that_asked_for_that(
-    amqp_url: str,
-) -> None:
-    wrong = f"amqp://bob:hunter2@{amqp_url.partition('@')[2]}"
-
-    async with BaseAgent(wrong, stop_if_refused=True) as agent:
-        with pytest.raises(BusRefused, match="refused user 'bob'"):
-            async with asyncio.timeout(20):
-                await agent.wait()
 
 
 async def test_probes_that_fail_do_not_stop_the_heartbeat(broker: str, inbox: Inbox) -> None:

@@ -130,10 +130,6 @@ def test_the_database_is_upgraded_checked_and_taken_back(chiffon: Callable[..., 
     assert differs.returncode == 3
     assert "Traceback" not in differs.stderr
 
-    old = chiffon("orchestrator", "run")
-    assert old.returncode == 78
-    assert "chiffon db upgrade" in old.stderr
-
     assert chiffon("db", "upgrade").returncode == 0
     assert chiffon("db", "check").returncode == 0
 

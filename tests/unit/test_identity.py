@@ -1,6 +1,7 @@
 """Who an agent is, over restarts."""
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from chiffon.agent import identity
-from chiffon.errors import BadConfiguration
+from chiffon.errors import StateUnavailable
 
 
 def test_an_agent_is_the_same_after_a_restart_and_its_incarnation_grows(tmp_path: Path) -> None:
@@ -67,7 +68,7 @@ def test_looking_does_not_claim(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named_and_not_replaced(tmp_path: Path, content: str) -> None:
     (tmp_path / "agent.json").write_text(content)
 
-    with pytest.raises(BadConfiguration, match=r"agent\.json"), identity.open_identity(tmp_path):
+    with pytest.raises(StateUnavailable, match=r"agent\.json"), identity.open_identity(tmp_path):
         pass
 
     assert (tmp_path / "agent.json").read_text() == content
@@ -77,7 +78,54 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 
     with (
-        pytest.raises(BadConfiguration, match="cannot be used"),
+        pytest.raises(StateUnavailable, match="cannot be used"),
         identity.open_identity(tmp_path / "file"),
     ):
         pass
+
+
+def forbid_writes() -> None:
+    """Let the kernel refuse every byte that this process writes to a file, as a full disk does."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+def test_an_identity_that_cannot_be_written_is_used_where_it_can_be_read(tmp_path: Path) -> None:
+    with identity.open_identity(tmp_path) as kept:
+        pass
+    program = (
+        "import sys; from pathlib import Path; from chiffon.agent import identity\n"
+        "with identity.open_identity(Path(sys.argv[1])) as mine:\n"
+        "  print(mine.agent_id, mine.incarnation)"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        preexec_fn=forbid_writes,
+        capture_output=True,
+        text=True,
+    )
+
+    agent_id, incarnation = done.stdout.split()
+    assert agent_id == str(kept.agent_id)
+    assert int(incarnation) > kept.incarnation
+    assert "cannot be written: File too large" in done.stderr
+    assert identity.peek(tmp_path) == kept
+
+
+def test_where_nothing_can_be_read_an_agent_that_would_be_forgotten_is_not_made(
+    tmp_path: Path,
+) -> None:
+    program = (
+        "import sys; from pathlib import Path; from chiffon.agent import identity\n"
+        "with identity.open_identity(Path(sys.argv[1])): pass"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        preexec_fn=forbid_writes,
+        capture_output=True,
+        text=True,
+    )
+
+    assert "StateUnavailable" in done.stderr
+    assert "cannot be used: File too large" in done.stderr
