@@ -2,6 +2,7 @@
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -66,6 +67,8 @@ class Misfits:
         self.as_of = datetime.now(UTC)
         self.fitting = 0
         self.nearest: list[Misfit] = []
+        self.other_types: Counter[str] = Counter()
+        """Of those that would fit if only they were of the type that is asked for: their types."""
         self.relaxed: Misfit | None = None
         """Who of those that break only rules of the question does so by the least."""
 
@@ -98,6 +101,8 @@ class Misfits:
             self.relaxed = min(relaxable, key=self._distance)
 
     def _count(self, one: Misfit) -> None:
+        if list(one.broken) == ["agent_type"]:
+            self.other_types[one.agent_type] += 1
         count = self._counts.setdefault(one.broken[0], Count())
         count.agents += 1
         has = one.has.get(one.broken[0])
@@ -148,7 +153,8 @@ def explain(asked: Asked, misfits: Misfits) -> Explanation:
             needed=_needed(query, rule),
             most=found.most,
             hostname=found.hostname if found.most is not None else None,
-            message=_message(asked, query, rule, found.most, found.hostname),
+            message=_message(asked, query, rule, found.most, found.hostname)
+            + (_of_other_types(misfits.other_types) if rule == "agent_type" else ""),
         )
         for rule, found in misfits.counts
     ]
@@ -206,6 +212,14 @@ def _message(
         wanted["agent_id"] = f"not agent {asked.agent_id}"
         wanted["gpus"] = f"without {several} with {_number(asked.gpu_vram_gb)} GiB to reserve"
     return wanted.get(rule) or _STATES.get(rule, rule)
+
+
+def _of_other_types(types: Mapping[str, int]) -> str:
+    """Return how many agents the filter for a type keeps from being offered, and nothing else."""
+    if not types:
+        return ""
+    each = ", ".join(f"{count} of type {name}" for name, count in sorted(types.items()))
+    return f" ({each} would fit)"
 
 
 def _miss(asked: Asked, query: CapacityQuery, found: Misfit) -> Miss:

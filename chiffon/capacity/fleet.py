@@ -110,6 +110,13 @@ class Fleet(BaseModel):
 
     as_of: datetime
     degraded: bool = Field(description="We do not trust our own view now.")
+    is_recording: bool = Field(
+        description="Heartbeats are recorded now; if not, silence says nothing about an agent."
+    )
+    recording_age_seconds: float | None = Field(description="Since that was last proven.")
+    trouble: str | None = Field(
+        description="What is wrong on our side, for people; null if nothing is."
+    )
     pools_in_outage: list[str] = Field(description="Most of each became silent at once.")
     online: int
     busy: int
@@ -124,6 +131,9 @@ class Fleet(BaseModel):
         return cls(
             as_of=summary.as_of,
             degraded=summary.degraded,
+            is_recording=summary.is_recording,
+            recording_age_seconds=summary.recording_age_seconds,
+            trouble=_trouble(summary),
             pools_in_outage=summary.pools_in_outage,
             online=summary.agents.get("online", 0),
             busy=summary.agents.get("busy", 0),
@@ -132,6 +142,21 @@ class Fleet(BaseModel):
             reservations=summary.reservations,
             waiting=summary.waiting,
         )
+
+
+def _trouble(summary: FleetSummary) -> str | None:
+    if not summary.is_recording:
+        return (
+            "no heartbeats are recorded: no orchestrator runs, or it does not reach the broker or "
+            "the database"
+        )
+    if summary.pools_in_outage:
+        return f"most of {', '.join(summary.pools_in_outage)} became silent at once"
+    if summary.degraded:
+        return (
+            "heartbeats are recorded again, and agents that have not spoken yet still have time to"
+        )
+    return None
 
 
 def _reserved(row: AgentRow) -> list[ReservedPart]:

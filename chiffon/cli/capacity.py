@@ -11,7 +11,9 @@ from chiffon.cli.needs import TimeoutOption, ask, question
 from chiffon.cli.output import Format, FormatOption, note, show_many, show_one
 
 if TYPE_CHECKING:
-    from chiffon.contract.messages import CapacityOffers, Explanation
+    from collections.abc import Mapping
+
+    from chiffon.contract.messages import CapacityOffers, CapacityQuery, Explanation
 
 app = typer.Typer(
     help="Ask what can be taken, wait for it and take it, over AMQP.",
@@ -61,7 +63,21 @@ def find(
     _show_offers(offers, output, show_reserved)
     if not offers.agents:
         note("no agent can take this now" + ("" if explain else "; --explain says why"))
+        if query.agent_type is not None and not explain:
+            _tell_of_other_types(query, timeout)
         raise typer.Exit(3)
+
+
+def _tell_of_other_types(query: "CapacityQuery", timeout: float | None) -> None:
+    """Say whether the filter for a type alone is why there is no offer: its default is one."""
+    wider = query.model_copy(update={"agent_type": None, "limit": 1_000})
+    found = ask(lambda planner, seconds: planner.find(wider, timeout=seconds), timeout).agents
+    if found:
+        types = ", ".join(sorted({one.agent_type for one in found}))
+        note(
+            f"{len(found)} of other types can ({types}), and only {query.agent_type} was asked "
+            "for: type --agent-type any"
+        )
 
 
 @app.command()
@@ -141,6 +157,7 @@ def reserve(
     release` gives the room back.
     """
     from chiffon.contract.messages import CapacityReserve
+    from chiffon.errors import InsufficientCapacity
 
     request = question(
         CapacityReserve,
@@ -164,7 +181,12 @@ def reserve(
         gpu_type=gpu_type,
         capabilities=capabilities,
     )
-    made = ask(lambda planner, seconds: planner.reserve_once(request, timeout=seconds), timeout)
+    try:
+        made = ask(lambda planner, seconds: planner.reserve_once(request, timeout=seconds), timeout)
+    except InsufficientCapacity as refused:
+        relaxation = (refused.details.get("explanation") or {}).get("relaxation") or {}
+        _tell_options(relaxation.get("changes") or {})
+        raise
     show_one(made.model_dump(mode="json"), output)
     if made.state != "held":
         note(f"this key's reservation is over: {made.reason}; a new intent needs a new key")
@@ -203,6 +225,25 @@ def _explain(explanation: "Explanation") -> None:
     note(explanation.summary)
     if explanation.relaxation is not None:
         note(explanation.relaxation.message)
+        _tell_options(explanation.relaxation.changes)
+
+
+def _tell_options(changes: "Mapping[str, object]") -> None:
+    """Say what to type for it."""
+    options = []
+    for name, value in changes.items():
+        option = f"--{name.replace('_', '-')}"
+        if value is None:
+            options.append(f"{option} any" if name == "agent_type" else f"no {option}")
+        elif isinstance(value, list):
+            options += [f"{option} {one}" for one in value] or [f"no {option}"]
+        elif isinstance(value, bool):
+            options.append(option if value else f"no {option}")
+        else:
+            shown = f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
+            options.append(f"{option} {shown}")
+    if options:
+        note(f"type: {', '.join(options)}")
 
 
 def _somebody() -> str:

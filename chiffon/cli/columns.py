@@ -94,8 +94,23 @@ def _status(row: Row) -> str:
     return f"{row['status']}{reason}{drained}"
 
 
+def _free(metric: str, amount: str) -> Any:
+    """Return what reads how much can be taken: what is reserved is not free."""
+
+    def read(row: Row) -> Any:
+        reported = _metric(metric)(row)
+        return reported if reported is None or not row["available"] else row["available"][amount]
+
+    return read
+
+
+_free_vram = _free("gpu_vram_available_gb", "gpu_vram_gb")
+_free_cores = _free("cpu_cores_available", "cpu_cores")
+_free_memory = _free("memory_available_gb", "memory_gb")
+
+
 def _vram(row: Row) -> str:
-    free, total = (_metric(f"gpu_vram_{which}_gb")(row) for which in ("available", "total"))
+    free, total = _free_vram(row), _metric("gpu_vram_total_gb")(row)
     return "-" if total == 0 else f"{_size(free).removesuffix(' GiB')}/{_size(total)}"
 
 
@@ -114,8 +129,8 @@ FLEET = [
     Column("STATUS", _status),
     Column("HEARD", lambda row: age(row["heartbeat_age_seconds"]), is_number=True),
     Column("CPU", lambda row: _percent(_metric("cpu_percent")(row)), is_number=True),
-    Column("FREE CORES", lambda row: plain(_metric("cpu_cores_available")(row)), is_number=True),
-    Column("FREE MEMORY", lambda row: _size(_metric("memory_available_gb")(row)), True),
+    Column("FREE CORES", lambda row: plain(_free_cores(row)), is_number=True),
+    Column("FREE MEMORY", lambda row: _size(_free_memory(row)), True),
     Column("FREE/TOTAL VRAM", _vram, is_number=True),
     Column("GPU", lambda row: plain(_metric("gpu_type")(row))),
     Column("AGENT", lambda row: str(row["agent_id"])),

@@ -59,12 +59,17 @@ def list_agents(
     """List the agents, by pool and host."""
     import asyncio
 
-    async def read() -> list[Data]:
-        async with _registry() as registry:
-            return await _agents(registry, status, pool_name, agent_type)
+    from chiffon.capacity.service import OrchestratorService
 
-    agents = asyncio.run(read())
+    async def read() -> tuple[list[Data], Fleet]:
+        async with _registry() as registry:
+            fleet = await OrchestratorService(registry).fleet()
+            return await _agents(registry, status, pool_name, agent_type), fleet
+
+    agents, fleet = asyncio.run(read())
     show_many(agents, FLEET, output)
+    if fleet.trouble and agents:
+        note(f"degraded: {fleet.trouble}")
     if not agents:
         note("no agent fits" if status or pool_name or agent_type else "no agent is known")
 
@@ -305,13 +310,8 @@ def headline(fleet: "Fleet", seconds: float, trouble: str) -> str:
     if fleet.waiting:
         counts.append(f"{fleet.waiting} waiting")
     words = [", ".join(counts)]
-    if fleet.degraded:
-        pools = (
-            f": most of {', '.join(fleet.pools_in_outage)} became silent"
-            if fleet.pools_in_outage
-            else ""
-        )
-        words.append(f"degraded{pools}")
+    if fleet.trouble:
+        words.append(f"degraded: {fleet.trouble}")
     if trouble:
         words.append(f"{age(seconds)} old: {trouble}")
     return "; ".join(words)

@@ -134,6 +134,9 @@ RESERVATION: dict[str, Any] = {
 FLEET: dict[str, Any] = {
     "as_of": "2026-01-01T00:00:02Z",
     "degraded": False,
+    "is_recording": True,
+    "recording_age_seconds": 0.7,
+    "trouble": None,
     "pools_in_outage": [],
     "online": 11,
     "busy": 1,

@@ -15,8 +15,10 @@ from uuid import UUID
 from pydantic_core import to_json
 
 from chiffon.capacity.fleet import Fleet
-from chiffon.errors import RegistryUnavailable
+from chiffon.capacity.room import room
+from chiffon.errors import RegistryRefused, RegistryUnavailable, TablesMissing
 from chiffon.gateway.history import History
+from chiffon.logs import Trouble
 from chiffon.registry.registry import Registry
 from chiffon.registry.rows import AgentRow
 
@@ -52,7 +54,7 @@ class Live:
         self._untold: dict[UUID, dict[str, Any]] = {}
         self._summary: dict[str, Any] | None = None
         self._read = 0.0
-        self._trouble: str | None = "the registry has not been read yet"
+        self._trouble: str | None = "The fleet has not been read yet."
         self._followers: set[asyncio.Queue[bytes | None]] = set()
         self._followed = asyncio.Event()
         self._is_closed = False
@@ -64,19 +66,20 @@ class Live:
 
     async def run(self) -> None:
         """Look until cancelled; followers learn that the database is away."""
+        lasting = Trouble()
         while True:
             began = time.monotonic()
             try:
                 await self._look()
                 self._trouble = None
             except RegistryUnavailable as error:
-                if self._trouble != str(error):
+                if lasting.is_news(str(error)):
                     log.warning("the page shows old data: %s", error)
-                self._trouble = str(error)
+                self._trouble = _in_words(error)
                 self._tell(_event("trouble", self._trouble))
             except Exception:
                 log.exception("looking at the registry failed in an unforeseen way")
-                self._trouble = "the gateway failed; see its log"
+                self._trouble = "The gateway failed; see its log."
                 self._tell(_event("trouble", self._trouble))
             await self._pause(time.monotonic() - began)
 
@@ -170,6 +173,16 @@ class Live:
         queue.put_nowait(None)
 
 
+def _in_words(error: RegistryUnavailable) -> str:
+    """Return what is wrong with the database, for those who look at the page; the log has more."""
+    match error:
+        case RegistryRefused():
+            return "The database refuses the gateway: wrong user, password or rights."
+        case TablesMissing():
+            return f"The database cannot be used: {error}."
+    return "The gateway cannot reach the database."
+
+
 def _compared(before: Mapping[UUID, str], now: Mapping[UUID, str]) -> tuple[list[UUID], list[UUID]]:
     """Return which agents are gone, and of which there is another version."""
     gone = [agent_id for agent_id in before if agent_id not in now]
@@ -179,6 +192,21 @@ def _compared(before: Mapping[UUID, str], now: Mapping[UUID, str]) -> tuple[list
 def _compact(row: AgentRow, read: float) -> dict[str, Any]:
     # Others may have written the row: only what is of the contract's types goes on.
     metrics = row.resource_metrics if isinstance(row.resource_metrics, dict) else {}
+    if row.reserved:
+        left = room(metrics, row.reserved).available
+        metrics = {
+            **metrics,
+            # What is unknown stays so: nobody knows what is left of it.
+            **{
+                name: value
+                for name, value in (
+                    ("gpu_vram_available_gb", left.vram_gb),
+                    ("cpu_cores_available", left.cores),
+                    ("memory_available_gb", left.memory_gb),
+                )
+                if _number(metrics.get(name)) is not None
+            },
+        }
     gpu_type = metrics.get("gpu_type")
     return {
         "id": str(row.agent_id),

@@ -221,11 +221,14 @@ class AgentRow:
 class FleetSummary:
     """The fleet in numbers: agents by status, and those alive by status whose lease is over.
 
-    ``reservations`` are those that are held, ``waiting`` those in the wait queue.
+    ``reservations`` are those that are held, ``waiting`` those in the wait queue. ``is_recording``:
+    heartbeats reach the registry now; ``recording_age_seconds``: since that was last proven.
     """
 
     as_of: datetime
     degraded: bool
+    is_recording: bool
+    recording_age_seconds: float | None
     pools_in_outage: list[str]
     agents: dict[str, int]
     silent: int

@@ -70,6 +70,31 @@ async def test_the_fleet_and_its_capacity_are_shown(
         assert json.loads((await run("fleet", "list", "-o", "json")).stdout) == []
 
 
+async def test_a_fleet_of_other_types_is_pointed_out_with_what_to_type(
+    chiffon: Callable[..., Done], amqp_url: str, database_url: str, registry: Registry
+) -> None:
+    """The specification's filter is `desktop`, and a fleet of servers has none of those."""
+    server = update(hostname="server", agent_type="infra")
+    await registry.heartbeats.record([Received(server, time.monotonic())])
+    async with orchestrating(amqp_url, database_url):
+
+        async def run(*arguments: str) -> Done:
+            return await asyncio.to_thread(chiffon, *arguments)
+
+        found = await run("capacity", "find", "--min-gpu-vram-gb", "8")
+        assert found.returncode == 3
+        assert "1 of other types can (infra)" in found.stderr
+        assert "type --agent-type any" in found.stderr
+        explained = await run("capacity", "find", "--explain")
+        assert "1 not of type desktop (1 of type infra would fit)" in explained.stderr
+        assert "type: --agent-type infra" in explained.stderr
+        refused = await run("capacity", "reserve", "--cpu-cores", "1")
+        assert refused.returncode == 3
+        assert "type: --agent-type infra" in refused.stderr
+        assert "with agent_type infra, server would fit" in refused.stderr
+        assert (await run("capacity", "find", "--agent-type", "any")).returncode == 0
+
+
 def test_without_an_orchestrator_a_question_is_told_that_nobody_answers(
     chiffon: Callable[..., Done], broker: str
 ) -> None:

@@ -124,6 +124,9 @@ async def test_dead_letters_that_cannot_be_published_do_not_hold_up_the_good(
     vhost = amqp_url.rpartition("/")[2]
     async with orchestrating(amqp_url, database_url, ingest_batch_seconds=0.3):
         management.call("DELETE", f"exchanges/{vhost}/chiffon.dead-letters")
+        # What was only deleted would be made again.
+        other = {"type": "fanout", "durable": True}
+        management.call("PUT", f"exchanges/{vhost}/chiffon.dead-letters", other)
         async with plain.channel(amqp_url) as to:
             for _ in range(20):
                 await plain.publish(to, EXCHANGE, "heartbeat.x.y.z", b"{}", KIND)

@@ -670,10 +670,11 @@ async def test_those_who_are_refused_the_same_at_once_share_one_look(
 
     async def would(self: ReservationService, *arguments: Any) -> bool:
         nonlocal decided
+        answer = await would_fit(self, *arguments)
         decided += 1
         if decided == len(requests):
             all_decided.set()
-        return await would_fit(self, *arguments)
+        return answer
 
     monkeypatch.setattr("chiffon.capacity.reservations.EXPLAINED_SECONDS", 60.0)
     monkeypatch.setattr(Offers, "examine", examined)

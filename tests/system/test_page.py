@@ -6,11 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import httpx
 import psutil
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
@@ -274,6 +277,69 @@ def test_on_a_phone_agents_are_cards_that_fit(browser: Browser, addresses: dict[
     assert width <= 390
     assert dark == "rgb(20, 24, 28)"
     assert watched.complaints == []
+
+
+@contextmanager
+def frozen(processes: Sequence[psutil.Process]) -> Iterator[None]:
+    """Stop processes for as long as the context is open."""
+    try:
+        for process in processes:
+            process.suspend()
+        assert processes
+        while {one.status() for one in processes} != {psutil.STATUS_STOPPED}:
+            time.sleep(0.01)
+        yield
+    finally:
+        for process in processes:
+            process.resume()
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("orchestrator", "We do not trust our own view now: no heartbeats are recorded"),
+        ("postgres", "The gateway cannot reach the database. What is shown is what was known"),
+    ],
+)
+def test_our_own_trouble_is_said_once_and_blames_no_agent(
+    page: Page, up: Running, addresses: dict[str, str], part: str, words: str
+) -> None:
+    """Longer than a lease of 5 s, after which every agent looks silent."""
+    with rigs(addresses, f"without-{part}", ["rig-2"]):
+        page.locator("#filters").get_by_label("Search").fill(f"without-{part}")
+        expect(row(page, "rig-2")).to_contain_text("● online")
+        page.evaluate(
+            "window.states = new Set(); setInterval(() => window.states.add("
+            'document.querySelector("#agents td[data-state]")?.dataset.state), 50)'
+        )
+        processes = [one for one in up.children() if any(part in word for word in one.cmdline())]
+        with frozen(processes):
+            banner = page.locator(".banner:visible")
+            expect(banner).to_have_count(1)
+            expect(banner).to_contain_text(words)
+            expect(banner).not_to_contain_text("Errno")
+            expect(page.locator("body[data-stale]")).to_have_count(1)
+            heard = row(page, "rig-2").locator("td[data-title=Heard]")
+            expect(heard).to_have_text(re.compile(r"^\s*([89]|[1-9]\d)\D"))
+            expect(row(page, "rig-2")).to_contain_text("● online")
+            expect(page.locator("#counts")).not_to_contain_text("silent")
+
+        expect(page.locator(".banner:visible").filter(has_text=words)).to_have_count(0)
+        expect(page.locator("body[data-stale]")).to_have_count(0)
+        expect(row(page, "rig-2")).to_contain_text("● online")
+        assert page.evaluate("[...window.states]") == ["online"]
+
+
+def test_what_is_reserved_is_not_shown_as_free(page: Page, addresses: dict[str, str]) -> None:
+    with rigs(addresses, "held", ["rig-10"]):
+        expect(row(page, "rig-10", "held")).to_contain_text("75.5 / 80.0 GiB")
+        wanted = {"gpu_vram_gb": 50.0, "pool_name": "held"}
+        who = {"holder": "a test", "idempotency_key": str(uuid4())}
+
+        made = httpx.post(f"{addresses['http_url']}/api/v1/reservations", json={**who, **wanted})
+
+        assert made.status_code == 201
+        expect(row(page, "rig-10", "held")).to_contain_text("25.5 / 80.0 GiB")
 
 
 def test_a_gateway_that_was_killed_is_come_back_to(

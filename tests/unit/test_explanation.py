@@ -100,3 +100,14 @@ def test_a_near_miss_has_all_its_reasons_with_what_it_has() -> None:
         "too little free VRAM (30.25 of 40)",
         "too few free cores (4 of 8)",
     ]
+
+
+def test_agents_that_only_the_filter_for_a_type_keeps_out_are_pointed_out() -> None:
+    counts = Counts(QUERY, [("agent_type", 5, None, None)], [])
+    counts.other_types.update({"infra": 2, "code": 1})
+
+    made = explain(QUERY, counts)
+
+    assert made.summary == (
+        "5 agents: 5 not of type desktop (1 of type code, 2 of type infra would fit)"
+    )

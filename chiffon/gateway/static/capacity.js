@@ -45,13 +45,13 @@ export class Capacity {
     this.#address.write(changes);
     const asked = ++this.#asked;
     try {
-      const answer = await fetch(`/api/v1/capacity?${query}`);
+      const answer = await fetch(`api/v1/capacity?${query}`);
       const body = await answer.json();
       if (asked !== this.#asked) return; // something else was asked meanwhile
       if (answer.ok) this.#render(body);
       else this.#answer.replaceChildren(element("p", { className: "error" }, body.detail));
-    } catch (error) {
-      this.#answer.replaceChildren(element("p", { className: "error" }, `not asked: ${error.message}`));
+    } catch {
+      this.#answer.replaceChildren(element("p", { className: "error" }, `not asked: the gateway does not answer`));
     }
   }
 

@@ -48,14 +48,14 @@ export class Detail {
     const id = this.#id;
     const asked = ++this.#asked;
     try {
-      const path = `/api/v1/agents/${encodeURIComponent(id)}`;
+      const path = `api/v1/agents/${encodeURIComponent(id)}`;
       const [agent, history] = await Promise.all([fetch(path), fetch(`${path}/history`)]);
       const [body, past] = [await agent.json(), await history.json()];
       if (this.#id !== id || this.#asked !== asked) return; // another was opened meanwhile
       if (agent.ok) this.#render(body, past.readings ?? []);
       else this.#fill(element("p", {}, body.detail));
-    } catch (error) {
-      if (this.#id === id) this.#fill(element("p", {}, `not read: ${error.message}`));
+    } catch {
+      if (this.#id === id) this.#fill(element("p", {}, `not read: the gateway does not answer`));
     }
   }
 
@@ -80,7 +80,7 @@ export class Detail {
 
   #render(agent, readings) {
     const known = this.#fleet.agents.get(agent.agent_id);
-    const state = known ? stateOf(known) : { mark: "", text: agent.status };
+    const state = known ? stateOf(known, this.#fleet) : { mark: "", text: agent.status };
     const reason = agent.status === "offline" && agent.status_reason ? `: ${agent.status_reason}` : "";
     const resources = agent.resources && typeof agent.resources === "object" ? agent.resources : {};
     const facts = [

@@ -15,6 +15,7 @@ export class Fleet {
   #stream = null;
   #url = "";
   #newsAt = 0;
+  #before = new Map();
 
   // Calls `listener` with the ids of the agents that changed (null: all), once a frame at most.
   onChange(listener) {
@@ -33,6 +34,7 @@ export class Fleet {
         this.#schedule();
       });
     on("restart", () => {
+      this.#before = new Map([...this.agents].map(([id, agent]) => [id, agent.lastState]));
       this.agents.clear();
       this.#changed = null;
     });
@@ -46,6 +48,7 @@ export class Fleet {
       for (const agent of agents) {
         // Ages are counted from here on: this machine's clock is not asked what time it is.
         agent.heardAt = agent.age === null ? null : now - agent.age * 1000;
+        agent.lastState = this.agents.get(agent.id)?.lastState ?? this.#before.get(agent.id);
         this.agents.set(agent.id, agent);
         this.#changed?.add(agent.id);
       }
@@ -80,6 +83,12 @@ export class Fleet {
     return this.heardAt === null ? null : (performance.now() - this.heardAt) / 1000;
   }
 
+  // Whether silence says anything about an agent: not while the gateway, the database or the
+  // orchestrators are away.
+  get isTrusted() {
+    return this.isLive && this.trouble === null && this.summary !== null && this.summary.is_recording;
+  }
+
   #schedule() {
     if (this.#isScheduled) return;
     this.#isScheduled = true;
@@ -97,15 +106,24 @@ export class Fleet {
 export const ageOf = (agent) =>
   agent.heardAt === null ? null : (performance.now() - agent.heardAt) / 1000;
 
-export const isSilent = (agent) => {
+// Judged as of when heartbeats were last known to be recorded: who was not heard since may have
+// spoken.
+const isSilent = (agent, fleet) => {
+  if (agent.status === "offline") return false;
   const age = ageOf(agent);
-  return agent.status !== "offline" && (agent.silent || age === null || age > agent.lease);
+  const unknown = (fleet.age ?? 0) + (fleet.summary.recording_age_seconds ?? 0);
+  return agent.silent || age === null || age - unknown > agent.lease;
 };
 
-// A mark and a word for each state: never a colour alone.
-export function stateOf(agent) {
+// A mark and a word for each state: never a colour alone. While we do not know, the last that was.
+export function stateOf(agent, fleet) {
+  if (fleet.isTrusted) agent.lastState = state(agent, isSilent(agent, fleet));
+  return agent.lastState ?? state(agent, false);
+}
+
+function state(agent, silent) {
   if (agent.status === "offline") return { name: "offline", mark: "○", text: "offline" };
-  if (isSilent(agent)) return { name: "silent", mark: "△", text: `${agent.status}, silent` };
+  if (silent) return { name: "silent", mark: "△", text: `${agent.status}, silent` };
   if (agent.drained) return { name: "drained", mark: "▽", text: `${agent.status}, drained` };
   if (agent.status === "busy") return { name: "busy", mark: "◐", text: "busy" };
   return { name: "online", mark: "●", text: "online" };

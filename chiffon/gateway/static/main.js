@@ -48,14 +48,16 @@ function showHead() {
     if (place.textContent !== text) place.textContent = text;
     place.hidden = !text;
   };
-  banner("trouble", trouble ? `What is shown is old: ${trouble}` : "");
+  // What is wrong with us is said once, here; the rows keep what was last known of the agents.
+  const words = trouble ?? (isLive || fleet.age === null ? null : "The gateway does not answer.");
+  banner("trouble", words ? `${words} What is shown is what was known ${age(fleet.age)} ago.` : "");
+  document.body.toggleAttribute("data-stale", !fleet.isTrusted);
   if (!summary) return;
-  const pools = summary.pools_in_outage.length ? ` Most of ${summary.pools_in_outage.join(", ")} became silent at once.` : "";
-  banner("degraded", summary.degraded ? `Degraded: we do not trust our own view now; agents may be missing.${pools}` : "");
+  banner("degraded", summary.trouble && !words ? `We do not trust our own view now: ${summary.trouble}.` : "");
   const counts = [["●", "online"], ["◐", "busy"], ["○", "offline"], ["△", "silent"]];
   byId("counts").replaceChildren(
     ...counts
-      .filter(([, name]) => name !== "silent" || summary.silent)
+      .filter(([, name]) => name !== "silent" || (summary.silent && fleet.isTrusted))
       .map(([mark, name]) => element("li", { "data-state": name }, `${mark} ${summary[name]} ${name}`)),
   );
 }
@@ -118,5 +120,5 @@ setInterval(() => {
 }, 1000);
 
 showFilters();
-fleet.follow("/stream");
+fleet.follow("stream");
 detail.show(address.read().agent ?? null);

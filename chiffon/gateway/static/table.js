@@ -21,8 +21,8 @@ export const COLUMNS = [
   {
     name: "status",
     title: "Status",
-    text: (one) => stateOf(one).text,
-    sort: (one) => stateOf(one).name,
+    text: (one, fleet) => stateOf(one, fleet).text,
+    sort: (one, fleet) => stateOf(one, fleet).name,
   },
   { name: "heard", title: "Heard", text: (one) => age(ageOf(one)), sort: ageOf, isNumber: true },
   {
@@ -132,7 +132,7 @@ export class Table {
     const { search, status, pool, type } = this.#view;
     if (pool && agent.pool !== pool) return false;
     if (type && agent.type !== type) return false;
-    if (status && stateOf(agent).name !== status && agent.status !== status) return false;
+    if (status && stateOf(agent, this.#fleet).name !== status && agent.status !== status) return false;
     if (!search) return true;
     const text = `${agent.host ?? ""} ${agent.id} ${agent.pool} ${agent.type} ${models(agent)}`;
     return search.toLowerCase().split(/\s+/).every((word) => text.toLowerCase().includes(word));
@@ -142,7 +142,7 @@ export class Table {
     const column = COLUMNS.find((one) => one.name === this.#view.sort) ?? COLUMNS[0];
     const sign = this.#view.isDown ? -1 : 1;
     return (left, right) => {
-      const [a, b] = [column.sort(left), column.sort(right)];
+      const [a, b] = [column.sort(left, this.#fleet), column.sort(right, this.#fleet)];
       const isUnknown = (value) => value === null || value === undefined;
       if (isUnknown(a) || isUnknown(b)) {
         if (isUnknown(a) !== isUnknown(b)) return isUnknown(a) ? 1 : -1;
@@ -185,9 +185,9 @@ export class Table {
     for (const column of COLUMNS) {
       if (names && !names.includes(column.name)) continue;
       const { cell, text, bar: drawn } = row.cells[column.name];
-      let said = column.text(agent);
+      let said = column.text(agent, this.#fleet);
       if (column.name === "status") {
-        const state = stateOf(agent);
+        const state = stateOf(agent, this.#fleet);
         said = `${state.mark} ${said}${agent.status === "offline" && agent.reason ? `: ${agent.reason}` : ""}`;
         if (cell.dataset.state !== state.name) cell.dataset.state = state.name;
       }

@@ -40,6 +40,9 @@ SELECT agent_id, xmin::text AS version FROM agent_registry
 -- name: summary
 SELECT statement_timestamp() AS as_of,
        {degraded} OR EXISTS (SELECT FROM pool_outage WHERE ended_at IS NULL) AS degraded,
+       coalesce((SELECT is_fresh FROM path_state), false) AS is_recording,
+       (SELECT extract(epoch FROM statement_timestamp() - fresh_at)::float8 FROM path_state)
+         AS recording_age_seconds,
        ARRAY(SELECT pool_name FROM pool_outage WHERE ended_at IS NULL ORDER BY pool_name)
          AS pools_in_outage,
        (SELECT coalesce(json_object_agg(status, agents), '{}') FROM (
