@@ -64,6 +64,18 @@ class Settings(BaseSettings):
         default_factory=list,
         description="Host names that requests may be for; on a loopback address its own names.",
     )
+    http_root_path: str = Field(
+        "",
+        pattern=r"^(/[A-Za-z0-9_.~-]+)*$",
+        description="The path under which a proxy shows the gateway, which it strips: /chiffon.",
+    )
+    http_trusted_proxies: Words = Field(
+        default_factory=list,
+        description="Addresses and networks whose X-Forwarded-* headers are believed.",
+    )
+    http_keep_alive_seconds: int = Field(
+        75, ge=1, le=3_600, description="Longer than the proxy keeps its connections to us."
+    )
     management_url: SecretStr | None = Field(
         None, description="Where RabbitMQ's management UI is, with user and password."
     )

@@ -17,6 +17,7 @@ from chiffon.capacity.reservations import ReservationService
 from chiffon.capacity.service import OrchestratorService
 from chiffon.contract.codec import MAX_MESSAGE_BYTES
 from chiffon.gateway import api, operations, pages, problems, reservations
+from chiffon.gateway.forwarded import Forwarded, Network
 from chiffon.gateway.history import History
 from chiffon.gateway.live import Live
 from chiffon.observability.health import Checks
@@ -41,7 +42,8 @@ FOLLOWERS = Gauge("chiffon_page_followers", "Fleet pages that are open.")
 class Parts:
     """What the application is made of.
 
-    ``hosts``: names that requests may be for; empty for any.
+    ``hosts``: names that requests may be for; empty for any. ``proxies``: whose headers are
+    believed. ``root_path``: under which path a proxy shows us.
     """
 
     service: OrchestratorService
@@ -51,6 +53,8 @@ class Parts:
     checks: Checks
     reads: Sequence[Read]
     hosts: Sequence[str] = ()
+    proxies: Sequence[Network] = ()
+    root_path: str = ""
 
 
 def make(parts: Parts) -> FastAPI:
@@ -65,6 +69,8 @@ def make(parts: Parts) -> FastAPI:
         # Its pages load scripts from elsewhere, and ours work without internet.
         docs_url=None,
         redoc_url=None,
+        servers=[{"url": parts.root_path}] if parts.root_path else None,
+        root_path_in_servers=False,
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     problems.install(app)
@@ -73,6 +79,7 @@ def make(parts: Parts) -> FastAPI:
     app.include_router(operations.router(parts.checks, parts.reads))
     app.include_router(pages.router(parts.live))
     app.add_middleware(_Manners, hosts=frozenset(parts.hosts))
+    app.add_middleware(Forwarded, trusted=parts.proxies, root_path=parts.root_path)
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]
     return app
 
@@ -110,14 +117,25 @@ class _Manners:
             return
         began = time.monotonic()
 
+        path = scope["path"].removeprefix(scope["root_path"])
+        if scope["method"] == "HEAD":
+            # Answered as GET is; the server, which has the scope it made, sends no body.
+            scope = {**scope, "method": "GET", "is_head": True}
+
         async def send_counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 _count(scope, message["status"], began)
-                MutableHeaders(scope=message).update(_HEADERS)
+                headers = MutableHeaders(scope=message)
+                headers.update(_HEADERS)
+                if "location" in headers:
+                    # Without the host, of which a proxy may have told another.
+                    headers["location"] = (
+                        urlsplit(headers["location"])._replace(scheme="", netloc="").geturl()
+                    )
             await send(message)
 
-        is_api = scope["path"].startswith("/api/")
-        refusal = self._refusal(scope, is_api)
+        is_api = path.startswith("/api/")
+        refusal = self._refusal(scope, path, is_api)
         if refusal is not None:
             await refusal(scope, receive, send_counted)
             return
@@ -130,9 +148,9 @@ class _Manners:
         finally:
             self._in_work -= is_api
 
-    def _refusal(self, scope: Scope, is_api: bool) -> Response | None:
+    def _refusal(self, scope: Scope, path: str, is_api: bool) -> Response | None:
         # Those who look after the gateway come by its address, whatever it is called.
-        if self._hosts and scope["path"] not in _OPERATIONS:
+        if self._hosts and path not in _OPERATIONS:
             try:
                 host = urlsplit(f"//{Headers(scope=scope).get('host', '')}").hostname
             except ValueError:

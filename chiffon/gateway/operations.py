@@ -30,9 +30,6 @@ def router(checks: Checks, reads: Sequence[Read]) -> APIRouter:
         """Broker, database and migrations, each with 2 s; `?verbose` has a line for each."""
         return _response(await health.readyz(checks, "verbose" in request.query_params))
 
-    for path, route in (("/livez", livez), ("/readyz", readyz)):
-        operations.head(path, include_in_schema=False)(route)  # as load balancers ask
-
     @operations.get("/metrics", summary="For Prometheus", response_class=_Text)
     async def exposed() -> Response:
         """What the gateway did, and what the registry holds, in Prometheus's text format."""

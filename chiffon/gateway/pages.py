@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, Response, StreamingResponse
 from starlette.types import Message, Send
 
@@ -51,7 +51,9 @@ def router(live: Live) -> APIRouter:
         return _file(files[name])
 
     @pages.get("/stream")
-    async def stream() -> Response:
+    async def stream(request: Request) -> Response:
+        if request.scope.get("is_head"):  # what would never end is not begun
+            return Response(media_type="text/event-stream")
         if live.followers >= MOST_FOLLOWERS:
             raise ProblemError(
                 503, "unavailable", "too many pages are open", headers={"Retry-After": "10"}

@@ -174,7 +174,10 @@ def _methods(request: Request) -> str | None:
     """Return the methods that a path has; the framework names those of its first route only."""
     route = getattr(request.scope.get("route"), "path", None)
     described = request.app.openapi()["paths"].get(route)
-    return None if described is None else ", ".join(sorted(name.upper() for name in described))
+    if described is None:
+        return None
+    names = {name.upper() for name in described}
+    return ", ".join(sorted(names | {"HEAD"} if "GET" in names else names))
 
 
 def _of_http(request: Request, error: Exception) -> JSONResponse:

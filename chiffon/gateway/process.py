@@ -22,6 +22,7 @@ from chiffon.capacity.service import OrchestratorService
 from chiffon.contract.topology import RPC
 from chiffon.errors import AddressTaken, BadConfiguration
 from chiffon.gateway.app import FOLLOWERS, Parts, make
+from chiffon.gateway.forwarded import networks
 from chiffon.gateway.history import History
 from chiffon.gateway.live import Live
 from chiffon.observability import fleet_metrics, health, metrics
@@ -81,6 +82,8 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
                 fleet_metrics.fleet(registry, settings.metrics_agent_limit),
             ],
             hosts=_hosts(settings.http_host, settings.http_allowed_hosts),
+            proxies=networks(settings.http_trusted_proxies),
+            root_path=settings.http_root_path,
         )
         server = _Server(
             uvicorn.Config(
@@ -92,6 +95,7 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
                 lifespan="off",
                 limit_concurrency=CONNECTIONS,
                 timeout_graceful_shutdown=STOP_SECONDS,
+                timeout_keep_alive=settings.http_keep_alive_seconds,
             )
         )
         log.info(
