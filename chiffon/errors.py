@@ -7,6 +7,7 @@
     * AddressTaken           another program listens where we are to
     * ProbeError             hardware is present but could not be read
     * AgentNotFoundError     no such agent in the registry
+    * NoSuchAgent            a name that is nobody's, or several agents'
     * RegistryUnavailable    PostgreSQL cannot be reached, or not in time
         * RegistryRefused    it answered, and would not let us in
         * TablesMissing      it lacks our tables, or has older ones
@@ -27,6 +28,7 @@
             * ReservationNotFound    no such reservation, or long over
             * StaleFence             the reservation is over; its room may be another's
             * IdempotencyMismatch    the key was used for another request
+    * NotWritten             an answer could not be printed
     * ChildFailed            a process that ``chiffon up`` started ended, or did not start
     * AlreadyUp              another ``chiffon up`` runs on this state folder
 
@@ -80,6 +82,10 @@ class AgentNotFoundError(ChiffonError):
     def __init__(self, agent_id: UUID) -> None:
         super().__init__(f"agent {agent_id} is not in the registry")
         self.agent_id = agent_id
+
+
+class NoSuchAgent(ChiffonError):
+    """Nobody, or not one agent alone, is meant by what a person wrote."""
 
 
 class RegistryUnavailable(ChiffonError):
@@ -214,6 +220,10 @@ CODES: Mapping[str, Code] = {
 """Every code of the contract: a new one is a line here."""
 
 
+class NotWritten(ChiffonError):
+    """An answer could not be printed: the disk is full, or nobody reads it."""
+
+
 class ChildFailed(ChiffonError):
     """A child process did not start, or ended; the message ends with its last log lines."""
 
@@ -238,15 +248,19 @@ def exit_code(error: ChiffonError) -> int:
 
 _EXIT_CODES: dict[type, int] = {
     AgentNotFoundError: 3,
+    NoSuchAgent: 3,
     NoResponders: 69,
     BusUnavailable: 69,
     RegistryUnavailable: 69,
     ChildFailed: 69,
     CapacityTimeout: 75,
+    NotWritten: 75,
     AlreadyUp: 75,
     AddressTaken: 75,
     BusRefused: 77,
     RegistryRefused: 77,
+    # To a command only: a value that somebody gave it.
+    RowRefused: 2,
     TablesMissing: 78,
     BadConfiguration: 78,
     StateUnavailable: 78,

@@ -184,7 +184,7 @@ def up_addresses(folder: Path) -> dict[str, str]:
     """
     path = folder / UP_FILE
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(errors="replace").splitlines()
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except PermissionError:
@@ -223,10 +223,17 @@ def _refuse_odd_names() -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise BadConfiguration(f"{name} is not a setting of chiffon{hint}")
+        if name != f"{PREFIX}STATE_DIR" and not _is_text(value):
+            raise BadConfiguration(f"{name} holds bytes that are no UTF-8")
         if not value.strip():
             raise BadConfiguration(f"{name} is set but empty; unset it or give it a value")
         if value != value.strip():
             raise BadConfiguration(f"{name} begins or ends with a space")
+
+
+def _is_text(value: str) -> bool:
+    """Return whether a value is text: bytes that are none stand in it as half characters."""
+    return not any("\ud800" <= one <= "\udfff" for one in value)
 
 
 def _refuse_odd_forms(forms: list[str]) -> None:

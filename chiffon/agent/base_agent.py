@@ -21,6 +21,7 @@ from chiffon.amqp.connection import Connection
 from chiffon.amqp.declare import await_exchange
 from chiffon.amqp.publisher import Publisher, publish_heartbeat
 from chiffon.amqp.reconnecting import ReconnectingConnection
+from chiffon.contract.fields import visible
 from chiffon.contract.lease import lease_for, redial_cap
 from chiffon.contract.messages import AgentStatus, AgentType, ResourceMetrics, StatusUpdate
 from chiffon.contract.topology import HEARTBEATS
@@ -89,7 +90,7 @@ class BaseAgent:
         resources: Resources | None = None,
     ) -> None:
         self.identity = fresh() if identity is None else identity
-        self.hostname = socket.gethostname() if hostname is None else hostname
+        self.hostname = visible(socket.gethostname()) if hostname is None else hostname
         self._agent_type = agent_type
         self._pool_name = pool_name
         self._capabilities = list(capabilities)

@@ -4,7 +4,6 @@ Commands import what they need when they run, so that ``--help`` and completion 
 Data goes to standard output, everything else to standard error.
 """
 
-import sys
 from typing import Annotated
 
 import typer
@@ -18,6 +17,7 @@ from chiffon.cli import (
     fleet,
     gateway,
     orchestrator,
+    output,
     reservation,
     schema,
     simulate,
@@ -66,17 +66,24 @@ def main() -> int:
     0 ok, 1 a bug, 2 usage, 3 a negative answer, 69 not reachable, 75 try again, 77 access
     refused, 78 bad configuration.
     """
-    from chiffon.errors import ChiffonError, exit_code, masked
+    from chiffon.errors import ChiffonError, NotWritten, exit_code, masked
     from chiffon.logs import configure_for_command
 
+    output.prepare()
     configure_for_command()
     try:
         app()
     except ChiffonError as error:
-        print(f"chiffon: {masked(str(error))}", file=sys.stderr)
+        output.note(f"chiffon: {masked(str(error))}")
         return exit_code(error)
     except KeyboardInterrupt:
         return 130
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
+    except OSError as error:
+        # Of click, which prints help and usage: all that we print ourselves is caught there.
+        if error.errno not in output.UNWRITABLE:
+            raise
+        output.abandon()
+        return exit_code(NotWritten())
     return 0

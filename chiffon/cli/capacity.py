@@ -8,7 +8,16 @@ import typer
 from chiffon.cli import needs
 from chiffon.cli.columns import OFFERS, OFFERS_AS_REPORTED
 from chiffon.cli.needs import TimeoutOption, ask, question
-from chiffon.cli.output import Format, FormatOption, note, show_many, show_one
+from chiffon.cli.output import (
+    ColumnsOption,
+    Format,
+    FormatOption,
+    Shape,
+    WideOption,
+    note,
+    show_many,
+    show_one,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,6 +49,8 @@ def find(
         bool, typer.Option("--show-reserved", help="Also what is free before what is reserved.")
     ] = False,
     timeout: TimeoutOption = None,
+    wide: WideOption = False,
+    columns: ColumnsOption = None,
     output: FormatOption = None,
 ) -> None:
     """Show which agents can take a job now, best first. Exit code 3 if none can."""
@@ -60,7 +71,7 @@ def find(
         show_reserved=show_reserved,
     )
     offers = ask(lambda planner, seconds: planner.find(query, timeout=seconds), timeout)
-    _show_offers(offers, output, show_reserved)
+    _show_offers(offers, output, Shape.of(wide, columns), show_reserved)
     if not offers.agents:
         note("no agent can take this now" + ("" if explain else "; --explain says why"))
         if query.agent_type is not None and not explain:
@@ -92,6 +103,8 @@ def wait(
     capabilities: needs.Capabilities = None,
     limit: Annotated[int, typer.Option(help="Most offers, 1 to 1000.")] = 1,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for room.")] = 600.0,
+    wide: WideOption = False,
+    columns: ColumnsOption = None,
     output: FormatOption = None,
 ) -> None:
     """Wait in the queue until an agent can take a job. Exit code 3 if none could in time."""
@@ -114,7 +127,7 @@ def wait(
     offers = ask(lambda planner, _: planner.wait(wanted), None)
     if offers.agents:
         offers = offers.model_copy(update={"explanation": None})
-    _show_offers(offers, output)
+    _show_offers(offers, output, Shape.of(wide, columns))
     if not offers.agents:
         note(f"no agent could take this within {timeout:g} s")
         raise typer.Exit(3)
@@ -185,8 +198,12 @@ def reserve(
         made = ask(lambda planner, seconds: planner.reserve_once(request, timeout=seconds), timeout)
     except InsufficientCapacity as refused:
         relaxation = (refused.details.get("explanation") or {}).get("relaxation") or {}
-        _tell_options(relaxation.get("changes") or {})
-        raise
+        options = _options(relaxation.get("changes") or {})
+        if not options:
+            raise
+        raise InsufficientCapacity(
+            refused.code, f"{refused.message}: type {options}", refused.details
+        ) from None
     show_one(made.model_dump(mode="json"), output)
     if made.state != "held":
         note(f"this key's reservation is over: {made.reason}; a new intent needs a new key")
@@ -205,14 +222,14 @@ def show(
 
 
 def _show_offers(
-    offers: "CapacityOffers", output: Format | None, show_reserved: bool = False
+    offers: "CapacityOffers", output: Format | None, shape: Shape, show_reserved: bool = False
 ) -> None:
     answer = offers.model_dump(mode="json")
     if output is Format.json:
         show_one(answer, output)
     else:
         columns = OFFERS_AS_REPORTED if show_reserved else OFFERS
-        show_many(answer["agents"], columns, output)
+        show_many(answer["agents"], columns, output, shape)
     if offers.degraded:
         note("degraded: the registry's view is incomplete now; agents may be missing")
     if offers.total_relation == "gte":
@@ -225,11 +242,11 @@ def _explain(explanation: "Explanation") -> None:
     note(explanation.summary)
     if explanation.relaxation is not None:
         note(explanation.relaxation.message)
-        _tell_options(explanation.relaxation.changes)
+        note(f"type {_options(explanation.relaxation.changes)}")
 
 
-def _tell_options(changes: "Mapping[str, object]") -> None:
-    """Say what to type for it."""
+def _options(changes: "Mapping[str, object]") -> str:
+    """Return what to type for it."""
     options = []
     for name, value in changes.items():
         option = f"--{name.replace('_', '-')}"
@@ -242,19 +259,20 @@ def _tell_options(changes: "Mapping[str, object]") -> None:
         else:
             shown = f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
             options.append(f"{option} {shown}")
-    if options:
-        note(f"type: {', '.join(options)}")
+    return ", ".join(options)
 
 
 def _somebody() -> str:
     import getpass
     import socket
 
+    from chiffon.contract.fields import visible
+
     try:
         user = getpass.getuser()
     except (KeyError, OSError):
         user = "somebody"
-    return f"{user}@{socket.gethostname()}"
+    return visible(f"{user}@{socket.gethostname()}")
 
 
 def _object(text: str) -> object:

@@ -1,6 +1,7 @@
 """The columns of the tables."""
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from chiffon.cli.output import Column, Row, age, gigabytes, plain
@@ -124,31 +125,41 @@ def _size(value: Any) -> str:
 
 FLEET = [
     Column("HOST", lambda row: plain(row["hostname"])),
-    Column("POOL", lambda row: str(row["pool_name"])),
-    Column("TYPE", lambda row: str(row["agent_type"])),
+    Column("POOL", lambda row: str(row["pool_name"]), rank=3),
+    Column("TYPE", lambda row: str(row["agent_type"]), rank=6),
     Column("STATUS", _status),
-    Column("HEARD", lambda row: age(row["heartbeat_age_seconds"]), is_number=True),
-    Column("CPU", lambda row: _percent(_metric("cpu_percent")(row)), is_number=True),
+    Column("HEARD", lambda row: age(row["heartbeat_age_seconds"]), is_number=True, rank=2),
+    Column("CPU", lambda row: _percent(_metric("cpu_percent")(row)), is_number=True, rank=5),
     Column("FREE CORES", lambda row: plain(_free_cores(row)), is_number=True),
-    Column("FREE MEMORY", lambda row: _size(_free_memory(row)), True),
+    Column("FREE MEMORY", lambda row: _size(_free_memory(row)), is_number=True, rank=4),
     Column("FREE/TOTAL VRAM", _vram, is_number=True),
     Column("GPU", lambda row: plain(_metric("gpu_type")(row))),
-    Column("AGENT", lambda row: str(row["agent_id"])),
+    Column("AGENT", lambda row: str(row["agent_id"]), rank=1, is_id=True),
 ]
+
+
+def _last_known(row: Row) -> str:
+    return _status({**row, "is_silent": False})
+
+
+FLEET_LAST_KNOWN = [
+    replace(column, cell=_last_known) if column.title == "STATUS" else column for column in FLEET
+]
+"""While no heartbeats are recorded, silence says nothing about an agent."""
 
 OFFERS = [
     Column("HOST", lambda row: plain(row["hostname"])),
-    Column("POOL", lambda row: str(row["pool_name"])),
-    Column("TYPE", lambda row: str(row["agent_type"])),
+    Column("POOL", lambda row: str(row["pool_name"]), rank=5),
+    Column("TYPE", lambda row: str(row["agent_type"]), rank=7),
     Column("FREE VRAM", lambda row: gigabytes(row["gpu_vram_available_gb"]), is_number=True),
-    Column("ON ONE GPU", lambda row: gigabytes(row["gpu_vram_max_available_gb"]), is_number=True),
-    Column("TOTAL VRAM", lambda row: gigabytes(row["gpu_vram_total_gb"]), is_number=True),
+    Column("ON ONE GPU", lambda row: gigabytes(row["gpu_vram_max_available_gb"]), True, rank=2),
+    Column("TOTAL VRAM", lambda row: gigabytes(row["gpu_vram_total_gb"]), True, rank=6),
     Column("GPU", lambda row: plain(row["gpu_type"])),
     Column("FREE CORES", lambda row: plain(row["cpu_cores_available"]), is_number=True),
-    Column("LOAD", lambda row: plain(row["cpu_load_1min"]), is_number=True),
-    Column("FREE MEMORY", lambda row: gigabytes(row["memory_available_gb"]), is_number=True),
-    Column("HEARD", lambda row: age(row["heartbeat_age_seconds"]), is_number=True),
-    Column("AGENT", lambda row: str(row["agent_id"])),
+    Column("LOAD", lambda row: plain(row["cpu_load_1min"]), is_number=True, rank=8),
+    Column("FREE MEMORY", lambda row: gigabytes(row["memory_available_gb"]), True, rank=3),
+    Column("HEARD", lambda row: age(row["heartbeat_age_seconds"]), is_number=True, rank=4),
+    Column("AGENT", lambda row: str(row["agent_id"]), rank=1, is_id=True),
 ]
 
 
@@ -196,9 +207,9 @@ RESERVATIONS = [
     Column("HOST", _hosts),
     Column("VRAM", _gpus, is_number=True),
     Column("CORES", lambda row: plain(row["cpu_cores"]), is_number=True),
-    Column("MEMORY", lambda row: gigabytes(row["memory_gb"]), is_number=True),
+    Column("MEMORY", lambda row: gigabytes(row["memory_gb"]), is_number=True, rank=1),
     Column("ENDS IN", _until, is_number=True),
-    Column("FENCE", lambda row: plain(row["fence"]), is_number=True),
+    Column("FENCE", lambda row: plain(row["fence"]), is_number=True, rank=2),
     Column("RESERVATION", lambda row: str(row["reservation_id"])),
 ]
 
@@ -206,7 +217,7 @@ RESERVED = [
     Column("VRAM", lambda row: _gpus({"places": [row], "gpu_vram_gb": _each(row)}), True),
     Column("CORES", lambda row: plain(row["cpu_cores"]), is_number=True),
     Column("MEMORY", lambda row: gigabytes(row["memory_gb"]), is_number=True),
-    Column("FENCE", lambda row: plain(row["fence"]), is_number=True),
+    Column("FENCE", lambda row: plain(row["fence"]), is_number=True, rank=2),
     Column("RESERVATION", lambda row: str(row["reservation_id"])),
 ]
 

@@ -1,8 +1,8 @@
 """``chiffon fleet``: all agents, as the registry has them."""
 
 import json
+import os
 import re
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,22 +11,27 @@ from uuid import UUID
 
 import typer
 
-from chiffon.cli.columns import EVENTS, FLEET, RESERVED
+from chiffon.cli.columns import EVENTS, FLEET, FLEET_LAST_KNOWN, RESERVED
 from chiffon.cli.output import (
+    Column,
+    ColumnsOption,
     Format,
     FormatOption,
+    Shape,
+    WideOption,
     age,
     emit,
+    fitting,
+    is_terminal,
     note,
     print_plain,
     show_many,
     show_one,
-    table,
-    width_of,
 )
 
 if TYPE_CHECKING:
     from chiffon.capacity.fleet import Agent, Fleet
+    from chiffon.registry.agents import Agents
     from chiffon.registry.registry import Registry
     from chiffon.registry.rows import AgentRow
 
@@ -44,6 +49,9 @@ app = typer.Typer(
 )
 
 StatusOption = Annotated[Status | None, typer.Option(help="Only these.")]
+AgentArgument = Annotated[
+    str, typer.Argument(help="Its id, as much of it as is nobody else's, or its host name.")
+]
 PoolOption = Annotated[str | None, typer.Option(help="A pool.")]
 TypeOption = Annotated[str | None, typer.Option(help="A type.")]
 Data = dict[str, Any]
@@ -54,6 +62,8 @@ def list_agents(
     status: StatusOption = None,
     pool_name: PoolOption = None,
     agent_type: TypeOption = None,
+    wide: WideOption = False,
+    columns: ColumnsOption = None,
     output: FormatOption = None,
 ) -> None:
     """List the agents, by pool and host."""
@@ -61,13 +71,13 @@ def list_agents(
 
     from chiffon.capacity.service import OrchestratorService
 
-    async def read() -> tuple[list[Data], Fleet]:
+    async def read() -> "tuple[list[Data], Fleet]":
         async with _registry() as registry:
             fleet = await OrchestratorService(registry).fleet()
             return await _agents(registry, status, pool_name, agent_type), fleet
 
     agents, fleet = asyncio.run(read())
-    show_many(agents, FLEET, output)
+    show_many(agents, _columns(fleet), output, Shape.of(wide, columns))
     if fleet.trouble and agents:
         note(f"degraded: {fleet.trouble}")
     if not agents:
@@ -75,9 +85,7 @@ def list_agents(
 
 
 @app.command()
-def show(
-    agent: Annotated[UUID, typer.Argument(help="The agent's id.")], output: FormatOption = None
-) -> None:
+def show(agent: AgentArgument, output: FormatOption = None) -> None:
     """Show all that is known of one agent. Exit code 3 if there is no such agent."""
     import asyncio
 
@@ -85,7 +93,7 @@ def show(
 
     async def read() -> Data:
         async with _registry() as registry:
-            found = await OrchestratorService(registry).agent(agent)
+            found = await OrchestratorService(registry).agent(await registry.agents.named(agent))
             return found.model_dump(mode="json")
 
     show_one(asyncio.run(read()), output)
@@ -93,7 +101,9 @@ def show(
 
 @app.command()
 def forget(
-    agents: Annotated[list[UUID], typer.Argument(metavar="AGENT...", help="Ids.")],
+    agents: Annotated[
+        list[str], typer.Argument(metavar="AGENT...", help="Ids, beginnings of them, host names.")
+    ],
 ) -> None:
     """Remove agents from the registry. Exit code 3 if one of them is not there.
 
@@ -103,24 +113,21 @@ def forget(
     import asyncio
 
     from chiffon.capacity.reservations import ReservationService
-    from chiffon.errors import AgentNotFoundError
 
-    async def remove() -> list[UUID]:
+    async def remove() -> None:
         async with _registry() as registry:
-            forgotten, _ = await ReservationService(registry).forget_agents(agents)
-            return list(forgotten)
+            # All are looked up before one is gone: a name that is wrong changes nothing.
+            ids = [await registry.agents.named(agent) for agent in agents]
+            await ReservationService(registry).forget_agents(ids)
+        for agent_id in ids:
+            note(f"forgot {agent_id}")
 
-    forgotten = asyncio.run(remove())
-    for agent in forgotten:
-        note(f"forgot {agent}")
-    for agent in agents:
-        if agent not in forgotten:
-            raise AgentNotFoundError(agent)
+    asyncio.run(remove())
 
 
 @app.command()
 def drain(
-    agent: Annotated[UUID, typer.Argument(help="The agent's id.")],
+    agent: AgentArgument,
     reason: Annotated[str | None, typer.Option(help="For people.")] = None,
     deadline: Annotated[
         str | None,
@@ -132,8 +139,11 @@ def drain(
 
     It stays so, also when it is started anew, until `chiffon fleet undrain`.
     """
+    from chiffon.contract.fields import visible
+
     seconds = None if deadline is None else _seconds(deadline)
-    found = _changed_agent(agent, lambda registry: registry.agents.drain(agent, reason, seconds))
+    said = None if reason is None else visible(reason)
+    found = _changed_agent(agent, lambda agents, agent_id: agents.drain(agent_id, said, seconds))
     note(f"{found.hostname or agent} is drained")
     reserved = found.model_dump(mode="json")["reserved"]
     show_many(reserved, RESERVED, output)
@@ -144,14 +154,14 @@ def drain(
 
 
 @app.command()
-def undrain(agent: Annotated[UUID, typer.Argument(help="The agent's id.")]) -> None:
+def undrain(agent: AgentArgument) -> None:
     """Offer an agent again."""
-    found = _changed_agent(agent, lambda registry: registry.agents.undrain(agent))
+    found = _changed_agent(agent, lambda agents, agent_id: agents.undrain(agent_id))
     note(f"{found.hostname or agent} is offered again")
 
 
 def _changed_agent(
-    agent_id: UUID, change: "Callable[[Registry], Awaitable[AgentRow | None]]"
+    agent: str, change: "Callable[[Agents, UUID], Awaitable[AgentRow | None]]"
 ) -> "Agent":
     import asyncio
 
@@ -160,7 +170,8 @@ def _changed_agent(
 
     async def run() -> Agent:
         async with _registry() as registry:
-            row = await change(registry)
+            agent_id = await registry.agents.named(agent)
+            row = await change(registry.agents, agent_id)
             if row is None:
                 raise AgentNotFoundError(agent_id)
             return Agent.of(row)
@@ -184,6 +195,8 @@ def watch(
     events: Annotated[
         bool, typer.Option("--events", help="What changes, as it happens, instead of the agents.")
     ] = False,
+    wide: WideOption = False,
+    columns: ColumnsOption = None,
     output: FormatOption = None,
 ) -> None:
     """Show the agents and keep showing them until Ctrl-C.
@@ -202,8 +215,11 @@ def watch(
             raise typer.BadParameter("--events takes no filter")
         _follow_events(output)
         return
-    live = output is not Format.jsonl and sys.stdout.isatty()
-    follow = _redraw if live else _stream(output)
+    shape = Shape.of(wide, columns)
+    shape.chosen(FLEET)  # what is not a column is said before anything is shown
+    can_redraw = is_terminal() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+    live = output is not Format.jsonl and can_redraw
+    follow = _redraw(shape) if live else _stream(output, shape)
 
     async def run() -> None:
         async with _registry() as registry:
@@ -267,7 +283,11 @@ async def _looks(
         await asyncio.sleep(interval)
 
 
-async def _redraw(looks: AsyncIterator[Look | str]) -> None:
+def _redraw(shape: Shape) -> Callable[[AsyncIterator[Look | str]], Any]:
+    return lambda looks: _redrawn(looks, shape)
+
+
+async def _redrawn(looks: AsyncIterator[Look | str], shape: Shape) -> None:
     import time
 
     from rich.console import Group, RenderableType
@@ -287,10 +307,8 @@ async def _redraw(looks: AsyncIterator[Look | str]) -> None:
                 Text(headline(last.fleet, seconds, trouble) if last else trouble)
             ]
             if last is not None:
-                made = table(last.agents, FLEET)
-                if width_of(made) > display.console.width:
-                    made = table(last.agents, FLEET[:-1])  # the host says more than half an id
-                shown.append(made)
+                chosen = shape.chosen(_columns(last.fleet))
+                shown.append(fitting(last.agents, chosen, display.console.width, shape))
             display.update(Group(*shown), refresh=True)
 
 
@@ -317,23 +335,23 @@ def headline(fleet: "Fleet", seconds: float, trouble: str) -> str:
     return "; ".join(words)
 
 
-def _stream(output: Format | None) -> Callable[[AsyncIterator[Look | str]], Any]:
-    def line(agent: Data) -> None:
+def _stream(output: Format | None, shape: Shape) -> Callable[[AsyncIterator[Look | str]], Any]:
+    def line(agent: Data, fleet: "Fleet") -> None:
         if output is Format.jsonl:
             emit(json.dumps(agent))
         else:
-            print_plain([[column.cell(agent) for column in FLEET]])
+            print_plain([[column.cell(agent) for column in shape.chosen(_columns(fleet))]])
 
     async def follow(looks: AsyncIterator[Look | str]) -> None:
         if output is not Format.jsonl:
-            print_plain([[column.title for column in FLEET]])
+            print_plain([[column.title for column in shape.chosen(FLEET)]])
         seen: dict[str, tuple[Any, ...]] = {}
         async for look in looks:
             if isinstance(look, str):
                 note(f"{look}; trying again")
             else:
                 for agent in _changed(look.agents, seen):
-                    line(agent)
+                    line(agent, look.fleet)
 
     return follow
 
@@ -347,6 +365,10 @@ def _changed(agents: list[Data], seen: dict[str, tuple[Any, ...]]) -> Iterator[D
             yield agent
 
 
+def _columns(fleet: "Fleet") -> "list[Column]":
+    return FLEET if fleet.is_recording else FLEET_LAST_KNOWN
+
+
 def _registry() -> Any:
     from chiffon.registry.registry import Registry
     from chiffon.settings import load
@@ -358,6 +380,8 @@ async def _agents(
     registry: "Registry", status: str | None, pool_name: str | None, agent_type: str | None
 ) -> list[Data]:
     from chiffon.capacity.fleet import Agent
+    from chiffon.contract.fields import visible
 
-    rows = await registry.agents.list(status, pool_name, agent_type)
+    names = (None if name is None else visible(name) for name in (pool_name, agent_type))
+    rows = await registry.agents.list(status, *names)
     return [Agent.of(row).model_dump(mode="json") for row in rows]

@@ -149,6 +149,11 @@ class Request(OnlyKnownFields, Message):
     model_config = ConfigDict(extra="forbid")
 
 
+def visible(text: str, longest: int = 255) -> str:
+    """Return text from outside as a ``Name`` takes it: what is not printed as itself is U+FFFD."""
+    return "".join(one if one.isprintable() else "\ufffd" for one in text)[:longest]
+
+
 def shortened(text: str) -> str:
     """Return at most 64 characters of ``text`` with everything unprintable escaped."""
     escaped = text.encode("unicode_escape").decode("ascii")

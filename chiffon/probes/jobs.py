@@ -51,7 +51,7 @@ def tie(folder: Path, reservation_id: UUID, pids: Iterable[int]) -> None:
     path = folder / FOLDER / str(reservation_id)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        known = path.read_text().splitlines() if path.exists() else []
+        known = path.read_text(errors="replace").splitlines() if path.exists() else []
         # At once, as the agent may look at any moment and removes a tie without processes.
         unfinished = path.with_suffix(".new")
         unfinished.write_text("".join(f"{line}\n" for line in dict.fromkeys([*known, *lines])))
@@ -67,7 +67,7 @@ def _started(pid: int) -> int | None:
     """
     try:
         # The name before the last parenthesis may hold anything; this is the 20th field behind it.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return int(fields[19])
     except (OSError, ValueError, IndexError):
         return None
@@ -133,7 +133,7 @@ class Jobs:
         for path in files:
             try:
                 reservation_id = UUID(path.name)
-                lines = path.read_text().splitlines()
+                lines = path.read_text(errors="replace").splitlines()
             except (ValueError, OSError):
                 continue
             processes = _running(lines)

@@ -90,11 +90,11 @@ def text(path: Path) -> str | None:
         ProbeError: It is there and cannot be read.
     """
     try:
-        return printable(path.read_text().strip())
+        return printable(path.read_text(errors="replace").strip())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ProbeError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise ProbeError(f"{path}: {error.strerror or error}") from None
 
 
 def number(path: Path) -> int | None:

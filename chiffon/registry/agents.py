@@ -1,11 +1,16 @@
 """Agents as they are shown, and what operators do to them; statements: ``sql/agents.sql``."""
 
 import json
+import re
 from collections.abc import Sequence
 from uuid import UUID
 
+from chiffon.contract.fields import visible
+from chiffon.errors import NoSuchAgent
 from chiffon.registry.pool import Pool
 from chiffon.registry.rows import AgentRow, FleetSummary, agent_of
+
+_ID = re.compile(r"[0-9a-fA-F-]{1,36}")
 
 
 class Agents:
@@ -59,6 +64,24 @@ class Agents:
         """Return every agent's id, with a mark that is another one after each change of its row."""
         rows = await self._pool.fetch("versions")
         return {row["agent_id"]: row["version"] for row in rows}
+
+    async def named(self, text: str) -> UUID:
+        """Return the agent that a person means by its id, the beginning of it, or its host name.
+
+        Raises:
+            NoSuchAgent: Nobody has that name, or several have; the message says whom.
+        """
+        text = visible(text)
+        beginning = f"{text.lower()}%" if _ID.fullmatch(text) else ""
+        rows = await self._pool.fetch("named", text=text, beginning=beginning)
+        exactly = [row for row in rows if text in (row["hostname"], str(row["agent_id"]))]
+        rows = exactly or rows
+        if len(rows) == 1:
+            return UUID(str(rows[0]["agent_id"]))
+        if not rows:
+            raise NoSuchAgent(f"no agent has the id or host name {text[:64]!r}")
+        some = ", ".join(f"{row['agent_id']} ({row['hostname'] or '?'})" for row in rows)
+        raise NoSuchAgent(f"several agents are meant by {text[:64]!r}: {some}")
 
     async def summary(self) -> FleetSummary:
         """Return the fleet in numbers."""

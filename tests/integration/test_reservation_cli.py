@@ -69,7 +69,7 @@ async def test_a_refusal_says_why_and_what_would_fit(run: Run, registry: Registr
     assert refused.returncode == 3
     assert refused.stderr == (
         "chiffon: no room: 1 agent: 1 too little free VRAM (best 30 of 40 on rig-7);"
-        " with gpu_vram_gb 30, rig-7 would fit (insufficient_capacity)\n"
+        " with gpu_vram_gb 30, rig-7 would fit: type --gpu-vram-gb 30 (insufficient_capacity)\n"
     )
     assert found.returncode == 3
     assert "best 30 of 40 on rig-7" in found.stderr

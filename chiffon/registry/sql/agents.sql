@@ -37,6 +37,13 @@ NOT coalesce({fresh}, false)
 -- Each change makes a new version of a row, by another transaction.
 SELECT agent_id, xmin::text AS version FROM agent_registry
 
+-- name: named
+-- Whom somebody means by a host name, an id or the beginning of one; three are enough to say that it
+-- is not one.
+SELECT agent_id, hostname FROM agent_registry
+ WHERE hostname = :text OR agent_id::text LIKE :beginning::text
+ ORDER BY agent_id LIMIT 3
+
 -- name: summary
 SELECT statement_timestamp() AS as_of,
        {degraded} OR EXISTS (SELECT FROM pool_outage WHERE ended_at IS NULL) AS degraded,
