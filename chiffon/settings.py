@@ -118,6 +118,13 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="For how long what is reserved on an agent outlives its going offline.",
     )
+    forget_offline_after_seconds: float = Field(
+        7 * 86_400.0,
+        ge=0,
+        le=3_650 * 86_400.0,
+        allow_inf_nan=False,
+        description="Agents that are offline for so long are removed; 0 keeps them.",
+    )
     reply_forms: Words = Field(
         default_factory=lambda: list(REPLY_FORMS),
         description="Which forms of reply_to the responder writes to.",

@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 from chiffon import __version__
-from chiffon.agent.identity import Identity, fresh
+from chiffon.agent.identity import Identity, fresh, open_identity
 from chiffon.amqp.connection import Connection
 from chiffon.amqp.declare import await_exchange
 from chiffon.amqp.publisher import Publisher, publish_heartbeat
@@ -63,8 +64,10 @@ class BaseAgent:
 
     Args:
         url: The broker; several hosts allowed.
-        identity: Who this agent is: ``chiffon.open_identity`` keeps it in a state folder. By
-            default a new agent at every start.
+        state_folder: Where the agent's id is kept, so that it is the same after a restart. Without
+            one it is a new agent at every start, and the last one's row stays in the registry,
+            offline, until it is forgotten (by default after seven days).
+        identity: Who this agent is, for those who keep that themselves; not with a state folder.
         agent_type: One of the contract's types.
         pool_name: The group this agent puts itself into.
         capabilities: Words that planners may ask for.
@@ -74,13 +77,16 @@ class BaseAgent:
 
     Raises:
         pydantic.ValidationError: A value that the contract does not allow.
-        BadConfiguration: Not an AMQP URL.
+        BadConfiguration: Not an AMQP URL. As the context is entered: another agent runs on the
+            state folder.
+        StateUnavailable: As the context is entered: the state folder cannot be used.
     """
 
     def __init__(
         self,
         url: str,
         *,
+        state_folder: Path | None = None,
         identity: Identity | None = None,
         agent_type: AgentType = "desktop",
         pool_name: str = "default",
@@ -89,6 +95,9 @@ class BaseAgent:
         hostname: str | None = None,
         resources: Resources | None = None,
     ) -> None:
+        if identity is not None and state_folder is not None:
+            raise ValueError("an identity, or a state folder that keeps one: not both")
+        self._state_folder = state_folder
         self.identity = fresh() if identity is None else identity
         self.hostname = visible(socket.gethostname()) if hostname is None else hostname
         self._agent_type = agent_type
@@ -114,10 +123,15 @@ class BaseAgent:
         self._task: asyncio.Task[None]
 
     async def __aenter__(self) -> Self:
-        if self._resources is None:
-            self._resources = await Reader.open(self._interval)
-            self._stack.callback(self._resources.close)
-        await self._stack.enter_async_context(self._supervised)
+        async with AsyncExitStack() as opening:  # closed again if one of them fails
+            if self._state_folder is not None:
+                self.identity = opening.enter_context(open_identity(self._state_folder))
+                self._supervised.name = str(self.identity.agent_id)
+            if self._resources is None:
+                self._resources = await Reader.open(self._interval)
+                opening.callback(self._resources.close)
+            await opening.enter_async_context(self._supervised)
+            self._stack = opening.pop_all()
         self._task = asyncio.create_task(self._beat(), name="heartbeats")
         return self
 

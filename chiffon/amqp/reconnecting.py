@@ -59,7 +59,7 @@ class ReconnectingConnection(Generic[C]):
         self.trouble = "not connected yet"
         self.connections_made = 0
         self._urls = hosts(url)
-        self._name = name
+        self.name = name
         self._prepare = prepare
         self._dial: Callable[[str, str], Awaitable[Any]] = dial or dial_one
         self._cap = redial_cap_seconds
@@ -73,7 +73,7 @@ class ReconnectingConnection(Generic[C]):
 
     async def __aenter__(self) -> Self:
         self._ready = asyncio.get_running_loop().create_future()
-        self._task = asyncio.create_task(self._supervise(), name=f"keeps {self._name} alive")
+        self._task = asyncio.create_task(self._supervise(), name=f"keeps {self.name} alive")
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -138,14 +138,14 @@ class ReconnectingConnection(Generic[C]):
             connection.on_lost = self._renew
             self._ready.set_result(connection)
             self.connections_made += 1
-            log.info("connected to the broker at %s (%s)", connection.where, self._name)
+            log.info("connected to the broker at %s (%s)", connection.where, self.name)
         self.trouble = await asyncio.shield(connection.lost)
         log.warning("lost the broker at %s: %s", connection.where, self.trouble)
 
     def _close_aside(self, connection: C) -> None:
         # A dead peer takes seconds to close, which the next dial need not wait for.
         connection.drop("closed by us")
-        closing = asyncio.create_task(connection.close(), name=f"closing {self._name}")
+        closing = asyncio.create_task(connection.close(), name=f"closing {self.name}")
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
 
@@ -157,7 +157,7 @@ class ReconnectingConnection(Generic[C]):
         connection: C | None = None
         try:
             with translated("dialling"):
-                connection = await self._dial(url, self._name)
+                connection = await self._dial(url, self.name)
                 connection.reset_back_off = self.reset_back_off
                 if self._prepare is not None:
                     await self._prepare(connection)

@@ -52,7 +52,7 @@ StatusOption = Annotated[Status | None, typer.Option(help="Only these.")]
 AgentArgument = Annotated[
     str, typer.Argument(help="Its id, as much of it as is nobody else's, or its host name.")
 ]
-PoolOption = Annotated[str | None, typer.Option(help="A pool.")]
+PoolOption = Annotated[str | None, typer.Option("--pool-name", "--pool", help="A pool.")]
 TypeOption = Annotated[str | None, typer.Option(help="A type.")]
 Data = dict[str, Any]
 
@@ -102,27 +102,68 @@ def show(agent: AgentArgument, output: FormatOption = None) -> None:
 @app.command()
 def forget(
     agents: Annotated[
-        list[str], typer.Argument(metavar="AGENT...", help="Ids, beginnings of them, host names.")
-    ],
+        list[str] | None,
+        typer.Argument(metavar="[AGENT]...", help="Ids, beginnings of them, host names."),
+    ] = None,
+    offline_for: Annotated[
+        str | None, typer.Option(help="All that are offline for so long: 90s, 30m, 2h, 7d.")
+    ] = None,
+    pool_name: PoolOption = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it, and not only show whom.")] = False,
+    output: FormatOption = None,
 ) -> None:
     """Remove agents from the registry. Exit code 3 if one of them is not there.
 
     An agent that still speaks is back, as a new one, with its next heartbeat. So this also mends
     an id that was in use twice, once only one of the two speaks.
+
+    With --offline-for they are only shown, until --yes is given as well. Those that are drained,
+    and on which something is reserved, are kept.
     """
     import asyncio
 
+    if bool(agents) == bool(offline_for) or (agents and pool_name):
+        raise typer.BadParameter("name agents, or say --offline-for (and perhaps --pool-name)")
+    if offline_for is None:
+        asyncio.run(_forget(agents or []))
+        return
+    seconds = _seconds("--offline-for", offline_for)
+    shown = asyncio.run(_forget_offline(seconds, pool_name, is_meant=yes))
+    show_many(shown, FLEET, output)
+    note(f"forgot {_agents_in_words(len(shown))}" if yes else _preview(len(shown)))
+
+
+def _preview(count: int) -> str:
+    return f"{_agents_in_words(count)} would be forgotten" + ("; --yes does it" if count else "")
+
+
+def _agents_in_words(count: int) -> str:
+    return "1 agent" if count == 1 else f"{count} agents"
+
+
+async def _forget(names: list[str]) -> None:
     from chiffon.capacity.reservations import ReservationService
 
-    async def remove() -> None:
-        async with _registry() as registry:
-            # All are looked up before one is gone: a name that is wrong changes nothing.
-            ids = [await registry.agents.named(agent) for agent in agents]
-            await ReservationService(registry).forget_agents(ids)
-        for agent_id in ids:
-            note(f"forgot {agent_id}")
+    async with _registry() as registry:
+        # All are looked up before one is gone: a name that is wrong changes nothing.
+        ids = [await registry.agents.named(name) for name in names]
+        await ReservationService(registry).forget_agents(ids)
+    for agent_id in ids:
+        note(f"forgot {agent_id}")
 
-    asyncio.run(remove())
+
+async def _forget_offline(seconds: float, pool_name: str | None, *, is_meant: bool) -> list[Data]:
+    """Return who has been offline for so long, and forget them if that is meant."""
+    from chiffon.capacity.fleet import Agent
+
+    async with _registry() as registry:
+        rows = await registry.agents.long_offline(seconds, pool_name)
+        if is_meant:
+            forgotten: set[UUID] = set()
+            while some := await registry.agents.forget_long_offline(seconds, pool_name):
+                forgotten.update(one.agent_id for one in some)
+            rows = [row for row in rows if row.agent_id in forgotten]
+        return [Agent.of(row).model_dump(mode="json") for row in rows]
 
 
 @app.command()
@@ -141,7 +182,7 @@ def drain(
     """
     from chiffon.contract.fields import visible
 
-    seconds = None if deadline is None else _seconds(deadline)
+    seconds = None if deadline is None else _seconds("--deadline", deadline)
     said = None if reason is None else visible(reason)
     found = _changed_agent(agent, lambda agents, agent_id: agents.drain(agent_id, said, seconds))
     note(f"{found.hostname or agent} is drained")
@@ -179,10 +220,10 @@ def _changed_agent(
     return asyncio.run(run())
 
 
-def _seconds(text: str) -> float:
+def _seconds(option: str, text: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
     if found is None:
-        raise typer.BadParameter("--deadline: a number and its unit, such as 90s, 30m, 2h or 1d")
+        raise typer.BadParameter(f"{option}: a number and its unit, such as 90s, 30m, 2h or 1d")
     return float(found[1]) * {"s": 1, "m": 60, "h": 3_600, "d": 86_400}[found[2]]
 
 

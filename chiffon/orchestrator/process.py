@@ -28,6 +28,8 @@ from chiffon.orchestrator.connection_events import ConnectionEvents
 from chiffon.orchestrator.connections import Connections
 from chiffon.orchestrator.events import Events
 from chiffon.orchestrator.expiry import Expiry
+from chiffon.orchestrator.forgetting import LOOK_SECONDS as FORGET_SECONDS
+from chiffon.orchestrator.forgetting import Forgetting
 from chiffon.orchestrator.ingest import COMMITTING, Ingest
 from chiffon.orchestrator.periodic import every
 from chiffon.orchestrator.requests import Requests
@@ -163,6 +165,7 @@ class Orchestrator:
         self._expiry = Expiry(
             reservations, self._events, offline_seconds=settings.reservation_offline_seconds
         )
+        self._forgetting = Forgetting(self._registry.agents, settings.forget_offline_after_seconds)
         connections = self._connections.by_use
         self._checks = {
             "broker": health.connected(connections["publishes"]),
@@ -204,6 +207,9 @@ class Orchestrator:
                 wait_queue.serve,
                 trouble="those who wait are not answered",
                 wake=wait_queue.joined,
+            ),
+            "forgetting": every(
+                FORGET_SECONDS, self._forgetting.forget, trouble="nobody is forgotten"
             ),
             "upkeep": every(LOOK_SECONDS, self._keep_up, trouble="what is gone stays gone"),
             "canary": every(CANARY_INTERVAL_SECONDS, self._canary.publish, trouble="no canary"),

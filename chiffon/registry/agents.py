@@ -3,12 +3,23 @@
 import json
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 from uuid import UUID
 
 from chiffon.contract.fields import visible
 from chiffon.errors import NoSuchAgent
 from chiffon.registry.pool import Pool
 from chiffon.registry.rows import AgentRow, FleetSummary, agent_of
+
+FORGOTTEN_AT_ONCE = 500
+
+
+class Forgotten(NamedTuple):
+    """An agent that was removed."""
+
+    agent_id: UUID
+    hostname: str | None
+
 
 _ID = re.compile(r"[0-9a-fA-F-]{1,36}")
 
@@ -87,6 +98,37 @@ class Agents:
         """Return the fleet in numbers."""
         [row] = await self._pool.fetch("summary")
         return FleetSummary(**{**row, "agents": json.loads(row["agents"])})
+
+    async def long_offline(self, seconds: float, pool_name: str | None) -> Sequence[AgentRow]:
+        """Return the agents that ``forget_long_offline`` would remove, by pool and host."""
+        rows = await self._pool.fetch(
+            "list_long_offline", offline_seconds=seconds, pool_name=pool_name, unnamed_only=False
+        )
+        return [agent_of(row) for row in rows]
+
+    async def forget_long_offline(
+        self, seconds: float, pool_name: str | None = None, *, unnamed_only: bool = False
+    ) -> Sequence[Forgotten]:
+        """Remove agents that have been offline for long, 500 at most.
+
+        Those that are drained, and on which something is reserved, stay.
+
+        Args:
+            seconds: For so long.
+            pool_name: Only those in it.
+            unnamed_only: Only those who said farewell, or whom no operator has ever drained,
+                offered again or scored.
+        """
+        rows = await self._pool.fetch(
+            "forget_long_offline",
+            offline_seconds=seconds,
+            pool_name=pool_name,
+            unnamed_only=unnamed_only,
+            most=FORGOTTEN_AT_ONCE,
+        )
+        if rows:
+            await self._pool.fetch("forget_empty_pools")
+        return [Forgotten(row["agent_id"], row["hostname"]) for row in rows]
 
     async def forget(self, agent_ids: Sequence[UUID]) -> Sequence[UUID]:
         """Remove agents, and what is known of pools that have none any more.

@@ -132,7 +132,7 @@ class AgentRegistry(SQLModel, table=True):
     and then writes it anew. NULL means that nothing is reserved or that it is not computed yet;
     ``free_*`` stands in then and is never less. ``hidden_heartbeat_at`` is the heartbeat since
     which the agent is not offered, as its connection closed or its pool is in an outage: any other
-    heartbeat shows it again.
+    heartbeat shows it again. ``named_at`` is when an operator last drained it or offered it again.
     """
 
     __tablename__ = "agent_registry"
@@ -200,6 +200,7 @@ class AgentRegistry(SQLModel, table=True):
     drain_reason: str | None = Field(default=None, sa_type=Text)
     drained_at: datetime | None = Field(default=None, sa_column=_moment())
     drain_deadline: datetime | None = Field(default=None, sa_column=_moment())
+    named_at: datetime | None = Field(default=None, sa_column=_moment())
     status_reason: str | None = Field(default=None, sa_type=Text)
     status_changed_at: datetime | None = Field(default=None, sa_column=_moment())
     lower_incarnations: int = Field(default=0, sa_column=_order())

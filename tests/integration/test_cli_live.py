@@ -148,7 +148,7 @@ def test_the_topology_is_declared_and_checked(chiffon: Callable[..., Done]) -> N
 
 def test_the_database_is_upgraded_checked_and_taken_back(chiffon: Callable[..., Done]) -> None:
     """All migrations run, up and down."""
-    assert chiffon("db", "current").stdout.strip() == "0005"
+    assert chiffon("db", "current").stdout.strip() == "0006"
     assert chiffon("db", "check").returncode == 0
     assert chiffon("db", "downgrade", "0001").returncode == 0
     assert chiffon("db", "current").stdout.strip() == "0001"

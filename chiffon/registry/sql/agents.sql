@@ -66,19 +66,45 @@ DELETE FROM agent_registry WHERE agent_id IN (
    ORDER BY agent_id FOR UPDATE)
 RETURNING agent_id
 
+-- fragment: long_offline
+-- Who has been offline for so long, and nobody counts on: a reservation and a drain keep a row. With
+-- `unnamed_only` only those who said farewell, or whom no operator ever named.
+r.status = 'offline'
+  AND r.status_changed_at < statement_timestamp() - :offline_seconds::float8 * interval '1 second'
+  AND NOT r.drained AND coalesce(r.reserved, '{}') = '{}'
+  AND (:pool_name::text IS NULL OR r.pool_name = :pool_name)
+  AND (NOT :unnamed_only::boolean OR r.status_reason = 'farewell'
+       OR (r.named_at IS NULL AND r.performance_score = 0))
+
+-- name: list_long_offline
+{agent} WHERE {long_offline} ORDER BY r.pool_name, coalesce(r.hostname, ''), r.agent_id
+
+-- name: forget_long_offline
+-- A part of them, those first who have been so for longest. Locks in the order of ids, and passes
+-- over whom somebody else is at: a heartbeat of theirs comes first.
+WITH due AS (
+  SELECT r.agent_id FROM agent_registry r WHERE {long_offline}
+   ORDER BY r.status_changed_at LIMIT :most
+)
+DELETE FROM agent_registry WHERE agent_id IN (
+  SELECT r.agent_id FROM agent_registry r JOIN due USING (agent_id) WHERE {long_offline}
+   ORDER BY r.agent_id FOR UPDATE OF r SKIP LOCKED)
+RETURNING agent_id, hostname
+
 -- name: forget_empty_pools
 DELETE FROM pool_outage o
  WHERE NOT EXISTS (SELECT FROM agent_registry r WHERE r.pool_name = o.pool_name)
 
 -- name: drain
-UPDATE agent_registry SET drained = true, drain_reason = :reason::text,
+UPDATE agent_registry SET drained = true, named_at = statement_timestamp(), drain_reason = :reason::text,
        drained_at = CASE WHEN drained THEN drained_at ELSE statement_timestamp() END,
        drain_deadline = statement_timestamp() + :deadline_seconds::float8 * interval '1 second'
  WHERE agent_id = :agent_id::uuid
 
 -- name: undrain
 UPDATE agent_registry
-   SET drained = false, drain_reason = NULL, drained_at = NULL, drain_deadline = NULL
+   SET drained = false, drain_reason = NULL, drained_at = NULL, drain_deadline = NULL,
+       named_at = statement_timestamp()
  WHERE agent_id = :agent_id::uuid
 
 -- name: revision
