@@ -127,10 +127,16 @@ _ELSEWHERE = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'chiffon' has no attribute {name!r}")
+    errors = import_module("chiffon.errors")
     if name in _ELSEWHERE:
         module, attribute = _ELSEWHERE[name]
-        return getattr(import_module(module), attribute)
-    errors = import_module("chiffon.errors")
+        try:
+            return getattr(import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            missing = errors.NotInstalled.of(error)
+            if missing is None:
+                raise
+            raise ImportError(f"chiffon.{name} needs more: {missing}") from None
     if hasattr(errors, name):
         return getattr(errors, name)
     return getattr(import_module("chiffon.contract.messages"), name)

@@ -5,6 +5,7 @@
     * BadConfiguration       a setting that cannot work
     * StateUnavailable       the state folder cannot be read or written now
     * AddressTaken           another program listens where we are to
+    * NotInstalled           a package that an extra brings is not here
     * ProbeError             hardware is present but could not be read
     * AgentNotFoundError     no such agent in the registry
     * NoSuchAgent            a name that is nobody's, or several agents'
@@ -70,6 +71,27 @@ class StateUnavailable(ChiffonError):
 
 class AddressTaken(ChiffonError):
     """Another program listens where we are to; the message names the setting."""
+
+
+class NotInstalled(ChiffonError):
+    """A package that an extra brings is not here; the message says how to install it."""
+
+    @staticmethod
+    def of(error: ModuleNotFoundError) -> "NotInstalled | None":
+        """Return this error for a module of an extra; ``None`` for any other module."""
+        package = (error.name or "").partition(".")[0]
+        extra = EXTRAS.get(package)
+        if extra is None:
+            return None
+        return NotInstalled(f"{package} is not installed: pip install 'chiffon[{extra}]'")
+
+
+EXTRAS = {
+    **dict.fromkeys(("alembic", "asyncpg", "sqlalchemy", "sqlmodel"), "orchestrator"),
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn"), "gateway"),
+    **dict.fromkeys(("rich", "typer"), "cli"),
+}
+"""Which extra brings a package."""
 
 
 class ProbeError(ChiffonError):
@@ -264,6 +286,7 @@ _EXIT_CODES: dict[type, int] = {
     TablesMissing: 78,
     BadConfiguration: 78,
     StateUnavailable: 78,
+    NotInstalled: 78,
     TopologyMismatch: 78,
 }
 

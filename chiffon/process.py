@@ -1,5 +1,6 @@
 """How a process of chiffon is started and stopped; no command line's libraries are needed."""
 
+import argparse
 import asyncio
 import gc
 import logging
@@ -12,6 +13,7 @@ from typing import TypeVar
 from chiffon.errors import (
     BusUnavailable,
     ChiffonError,
+    NotInstalled,
     RegistryUnavailable,
     StateUnavailable,
     exit_code,
@@ -22,24 +24,30 @@ from chiffon.settings import Settings, load
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Run = Callable[[Settings], Awaitable[None]]
 
 FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 5.0
 
 
-def main(name: str, run: Callable[[Settings], Awaitable[None]]) -> int:
+def main(name: str, load_run: Callable[[], Run]) -> int:
     """Run one of chiffon's processes with the settings of the environment.
 
     Args:
         name: What it is, for people.
-        run: Serves until it is stopped.
+        load_run: Loads what serves until it is stopped.
 
     Returns:
         The exit code; what went wrong stands on standard error, in one line.
     """
+    argparse.ArgumentParser(
+        prog=f"python -m chiffon.{name}",
+        description=f"Run chiffon's {name} until SIGTERM or Ctrl-C. It takes no arguments: all is "
+        "set by CHIFFON_* variables, which docs/settings.md lists; at least CHIFFON_AMQP_URL.",
+    ).parse_args()
 
     async def serve(settings: Settings) -> None:
-        await run(settings)
+        await load_run()(settings)
 
     try:
         settings = load()
@@ -48,6 +56,12 @@ def main(name: str, run: Callable[[Settings], Awaitable[None]]) -> int:
     except ChiffonError as error:
         print(f"chiffon {name}: {error}", file=sys.stderr)
         return exit_code(error)
+    except ModuleNotFoundError as error:
+        missing = NotInstalled.of(error)
+        if missing is None:
+            raise
+        print(f"chiffon {name}: {missing}", file=sys.stderr)
+        return exit_code(missing)
     return 0
 
 

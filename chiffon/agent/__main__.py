@@ -2,8 +2,15 @@
 
 import sys
 
-from chiffon.agent.process import run
-from chiffon.process import main
+from chiffon.process import Run, main
+
+
+def load() -> Run:
+    """Return what runs it; only here, so that what is not installed can be told of."""
+    from chiffon.agent.process import run
+
+    return run
+
 
 if __name__ == "__main__":
-    sys.exit(main("agent", run))
+    sys.exit(main("agent", load))

@@ -66,7 +66,7 @@ def main() -> int:
     0 ok, 1 a bug, 2 usage, 3 a negative answer, 69 not reachable, 75 try again, 77 access
     refused, 78 bad configuration.
     """
-    from chiffon.errors import ChiffonError, NotWritten, exit_code, masked
+    from chiffon.errors import ChiffonError, NotInstalled, NotWritten, exit_code, masked
     from chiffon.logs import configure_for_command
 
     output.prepare()
@@ -76,6 +76,12 @@ def main() -> int:
     except ChiffonError as error:
         output.note(f"chiffon: {masked(str(error))}")
         return exit_code(error)
+    except ModuleNotFoundError as error:
+        missing = NotInstalled.of(error)
+        if missing is None:
+            raise
+        output.note(f"chiffon: this command needs more: {missing}")
+        return exit_code(missing)
     except KeyboardInterrupt:
         return 130
     except SystemExit as ended:

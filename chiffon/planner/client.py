@@ -52,6 +52,7 @@ from chiffon.errors import (
 from chiffon.planner.events import Event, following
 from chiffon.planner.held_reservation import HeldReservation, now
 from chiffon.planner.rpc import RpcClient
+from chiffon.settings import load
 
 log = logging.getLogger(__name__)
 
@@ -75,17 +76,20 @@ class PlannerClient:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, url: str, *, name: str = "planner") -> AsyncIterator["PlannerClient"]:
+    async def open(
+        cls, url: str | None = None, *, name: str = "planner"
+    ) -> AsyncIterator["PlannerClient"]:
         """Open a planner; it connects in the background and stays connected.
 
         Args:
-            url: The broker; several hosts allowed.
+            url: The broker; several hosts allowed. By default the one that every command uses:
+                ``CHIFFON_AMQP_URL``, else that of a ``chiffon up`` that runs on this machine.
             name: Shown as the connection's name in the management UI.
 
         Raises:
-            BadConfiguration: Not an AMQP URL.
+            BadConfiguration: Not an AMQP URL, or a setting that cannot work.
         """
-        planner = cls(url, name)
+        planner = cls(load().amqp_url.get_secret_value() if url is None else url, name)
         async with planner._rpc:
             yield planner
 

@@ -1,5 +1,6 @@
 """What the README says is run, not assumed."""
 
+import asyncio
 import os
 import re
 import shlex
@@ -38,14 +39,14 @@ def program(text: str, uses: str) -> str:
     return str(found)
 
 
-async def run(source: str, amqp_url: str) -> str:
-    import asyncio
-
+async def run(source: str, folder: Path, **variables: str) -> str:
+    """Run a program in a folder of its own."""
     done = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
         source,
-        env={**os.environ, "CHIFFON_AMQP_URL": amqp_url},
+        env={**os.environ, "PYTHONPATH": str(PROJECT), **variables},
+        cwd=folder,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
@@ -55,20 +56,21 @@ async def run(source: str, amqp_url: str) -> str:
 
 
 async def test_the_planner_example_prints_who_has_room(
-    amqp_url: str, database_url: str, registry: Registry
+    amqp_url: str, database_url: str, registry: Registry, tmp_path: Path
 ) -> None:
     await registry.heartbeats.record([Received(update(hostname="rig-7"), time.monotonic())])
     async with orchestrating(amqp_url, database_url):
-        said = await run(program(README, "planner.find"), amqp_url)
+        said = await run(program(README, "planner.find"), tmp_path, CHIFFON_AMQP_URL=amqp_url)
 
-    assert said == "rig-7 20.5 14\n"
+    assert said == "1 of the fleet can take it now\nrig-7 20.5 14\n"
 
 
 async def test_the_agent_example_is_busy_and_then_says_farewell(
-    amqp_url: str, database_url: str, registry: Registry
+    amqp_url: str, database_url: str, registry: Registry, tmp_path: Path
 ) -> None:
     async with orchestrating(amqp_url, database_url):
-        await run(program((DOCS / "agents.md").read_text(), "BaseAgent"), amqp_url)
+        example = program((DOCS / "agents.md").read_text(), "BaseAgent")
+        await run(example, tmp_path, CHIFFON_AMQP_URL=amqp_url)
 
     [agent] = await registry.agents.list()
     assert (agent.status, agent.capabilities) == ("offline", ["gpu"])

@@ -16,6 +16,7 @@ import pytest
 
 from tests.fixtures.servers import Servers
 from tests.fixtures.up import Running, chiffon, state_folder
+from tests.system.test_readme import README, program
 
 
 @pytest.fixture
@@ -48,6 +49,13 @@ def test_a_killed_up_takes_its_children_with_it_and_the_next_one_shows_this_mach
         listed = chiffon("fleet", "list", "-o", "json", state=state)
         assert listed.returncode == 0, listed.stderr
         assert len(json.loads(listed.stdout)) == 1
+        example = subprocess.run(
+            [sys.executable, "-c", program(README, "planner.find")],
+            env={**os.environ, "CHIFFON_STATE_DIR": str(state)},
+            capture_output=True,
+            text=True,
+        )
+        assert "of the fleet can take it now" in example.stdout, example.stderr
         second = chiffon("up", "--once", state=state)
         assert second.returncode == 75
         assert "runs already" in second.stderr

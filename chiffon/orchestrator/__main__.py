@@ -1,0 +1,16 @@
+"""``python -m chiffon.orchestrator``: the orchestrator without the command line."""
+
+import sys
+
+from chiffon.process import Run, main
+
+
+def load() -> Run:
+    """Return what runs it; only here, so that what is not installed can be told of."""
+    from chiffon.orchestrator.process import run
+
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(main("orchestrator", load))
