@@ -39,7 +39,7 @@ class Forwarded:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102
         if scope["type"] == "http":
-            scope = {**scope, "root_path": self._root_path}
+            scope["root_path"] = self._root_path
             if self._is_trusted(scope["client"]):
                 self._apply(scope, Headers(scope=scope))
             # As ASGI has it, the path begins with that of the application.

@@ -20,11 +20,15 @@ from typing import Any
 
 import psutil
 
+from chiffon.errors import ProbeError
 from chiffon.probes.cgroup import CpuQuota, cpu_quotas
 from chiffon.probes.operator import NOTHING_SAID, OperatorWord
 from chiffon.probes.sample import Reading, measured
 
 SHORTEST_WINDOW_SECONDS = 0.2
+
+_JUMP = 2.0
+"""How many times more CPU time than can have passed is no longer a matter of when it was looked."""
 
 
 @dataclass(frozen=True)
@@ -178,28 +182,54 @@ def _look(quotas: list[CpuQuota]) -> _Counters:
 
 
 def _between(last: _Counters, now: _Counters) -> _Busy:
-    seconds = now.at - last.at
+    """Return what was busy between two looks.
+
+    Raises:
+        ProbeError: The counters went back, or far ahead: nothing is known of this time.
+    """
+    seconds, cpus = now.at - last.at, psutil.cpu_count() or 1
     return _Busy(
         seconds=seconds,
-        host_percent=_busy_percent(last.host, now.host),
+        host_percent=_busy_percent(last.host, now.host, seconds * cpus),
         pinned_percent=(
             None
             if last.pinned is None or now.pinned is None
-            else _busy_percent(last.pinned, now.pinned)
+            else _busy_percent(last.pinned, now.pinned, seconds * cpus)
         ),
         cpus_by_group={
-            source: round(max(used - last.used_by_group[source], 0.0) / seconds, 2)
+            source: _cpus(source, used - last.used_by_group[source], seconds, cpus)
             for source, used in now.used_by_group.items()
             if source in last.used_by_group and seconds > 0
         },
     )
 
 
-def _busy_percent(last: tuple[float, float], now: tuple[float, float]) -> float:
+def _busy_percent(last: tuple[float, float], now: tuple[float, float], cpu_seconds: float) -> float:
+    """Return the busy share, 0 to 100, of what the counters went on by, idle included.
+
+    They go back, or jump, where a container or a host was moved or resumed: then a share of them
+    would be the 0 % or 100 % of nothing.
+    """
     elapsed, idled = now[0] - last[0], now[1] - last[1]
-    if elapsed <= 0:
-        return 0.0
+    is_moved = elapsed <= 0 or elapsed > _JUMP * cpu_seconds + 1
+    # Not by a hair: the counts of idle and of waiting are not taken at one moment.
+    slack = max(0.05 * elapsed, 0.1)
+    if is_moved or idled < -slack or idled > elapsed + slack:
+        raise ProbeError(
+            "the kernel's CPU times went back or jumped: unknown until the next reading"
+        )
     return round(100 * (1 - min(max(idled / elapsed, 0.0), 1.0)), 1)
+
+
+def _cpus(source: str, used: float, seconds: float, online: int) -> float:
+    """Return how many CPUs a group kept busy.
+
+    Raises:
+        ProbeError: Its counter went back, or further ahead than so many CPUs can work.
+    """
+    if used < 0 or used > _JUMP * seconds * online + 1:
+        raise ProbeError(f"the CPU time of {source} went back or jumped: unknown for now")
+    return round(used / seconds, 2)
 
 
 def _total_and_idle(times: Any) -> tuple[float, float]:

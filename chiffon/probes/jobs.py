@@ -9,6 +9,7 @@ shared, so that what several processes map is not taken for theirs alone.
 """
 
 import logging
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -109,8 +110,9 @@ class Jobs:
                 except psutil.Error:
                     continue  # it has ended
                 self._busy[key] = times.user + times.system
-                is_known = is_known and key in before
-                cores += max(self._busy[key] - before.get(key, self._busy[key]), 0.0) / seconds
+                spent = self._busy[key] - before.get(key, math.inf)
+                is_known = is_known and spent >= 0  # a counter may go back as a container moves
+                cores += spent / seconds
                 memory += max(size.rss - size.shared, 0)
             pids = {one.pid for one in processes}
             observed.append(

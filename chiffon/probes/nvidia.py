@@ -12,6 +12,7 @@ runs them in a thread of their own.
 import contextlib
 import os
 import platform
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ import psutil
 
 from chiffon.contract.messages import Gpu
 from chiffon.errors import ProbeError
-from chiffon.probes.pci import Displays
+from chiffon.probes.pci import Displays, driver
 from chiffon.probes.sample import GpuSample, printable, to_gb
 
 VENDOR = "nvidia"
@@ -82,14 +83,48 @@ class NvidiaProbe:
                 return GpuSample(VENDOR)
             return GpuSample(VENDOR, errors=[_line("nvidia", error)])
         sample = GpuSample(VENDOR, source=self._source)
-        on_the_bus = len(self._displays.read())
-        if count == 0 and on_the_bus:
-            sample.errors.append(
-                f"nvidia: the driver shows none of the {on_the_bus} GPUs on the PCI bus (see dmesg)"
-            )
         for index in range(count):
             self._read_into(sample, nvml, index)
+        self._tell_of_hidden(sample, nvml, count)
         return sample
+
+    def _tell_of_hidden(self, sample: GpuSample, nvml: Any, count: int) -> None:
+        """Add an error for each GPU that is on the PCI bus and that the driver does not show.
+
+        A driver that lost one of four works on with three, and says nothing of it.
+        """
+        on_the_bus = {device.name: device for device in self._displays.read()}
+        if count >= len(on_the_bus):
+            return
+        shown = {_address(nvml, index) for index in range(count)}
+        if None in shown:
+            few = f"{count} of" if count else "none of"
+            sample.errors.append(
+                f"nvidia: the driver shows {few} the {len(on_the_bus)} GPUs on the PCI bus "
+                "(see dmesg)"
+            )
+            return
+        for address, device in on_the_bus.items():
+            if address in shown:
+                continue
+            if self._is_kept_from_us(address):
+                sample.notes.append(f"nvidia gpu {address} is not passed into this container")
+            elif (has := driver(device)) == "nvidia":
+                sample.errors.append(
+                    f"nvidia gpu {address}: on the PCI bus, and its driver does not show it "
+                    "(see dmesg)"
+                )
+            else:
+                sample.errors.append(f"nvidia gpu {address}: driver {has or 'none'} has it")
+
+    def _is_kept_from_us(self, address: str) -> bool:
+        """Tell whether the driver has a GPU whose device file is not here, as in a container."""
+        try:
+            said = (self._root / "proc/driver/nvidia/gpus" / address / "information").read_text()
+        except OSError:
+            return False
+        minor = re.search(r"Device Minor:\s*(\d+)", said)
+        return minor is not None and not (self._root / f"dev/nvidia{minor[1]}").exists()
 
     def _read_into(self, sample: GpuSample, nvml: Any, index: int) -> None:
         """Add one GPU, or its instances; whatever goes wrong with one leaves the others."""
@@ -210,6 +245,18 @@ def _devices(nvml: Any, index: int) -> dict[tuple[int, ...], Any]:
     if not instances:
         raise ProbeError("MIG is on and it has no instances")
     return instances
+
+
+def _address(nvml: Any, index: int) -> str | None:
+    """Return where a GPU is on the bus, as the kernel writes it; ``None`` if it does not tell."""
+
+    def told() -> str | None:
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        return _as_text(nvml.nvmlDeviceGetPciInfo(handle).busId)
+
+    said = _if_told(told)
+    # NVML writes the domain with eight digits, 00000000:41:00.0, and capital letters.
+    return None if said is None else said.lower()[-len("0000:00:00.0") :]
 
 
 def _used(nvml: Any, handle: Any) -> dict[int, int | None]:

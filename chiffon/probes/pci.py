@@ -31,7 +31,8 @@ class Displays:
     def read(self) -> list[Path]:
         """Return the folders of the devices, in the order of their addresses.
 
-        Without those that are set aside for a virtual machine (driver ``vfio-pci``).
+        Without those that are set aside for a virtual machine (driver ``vfio-pci``), and without
+        the parts of a GPU that are made for them (virtual functions).
         """
         if time.monotonic() - self._looked >= LOOK_AGAIN_SECONDS:
             self._found = [path for path in sorted(self._folder.glob("*")) if self._is_ours(path)]
@@ -43,7 +44,9 @@ class Displays:
             is_display = ((number(device / "class") or 0) >> 16) == 0x03
         except ProbeError:
             return False
-        return is_display and _vendor(device) == self._vendor_id and _driver(device) != "vfio-pci"
+        if not is_display or (device / "physfn").exists():
+            return False
+        return _vendor(device) == self._vendor_id and driver(device) != "vfio-pci"
 
 
 class CardProbe:
@@ -98,7 +101,7 @@ class CardProbe:
                     sample.errors.append(f"{self._named(device)}: {error}")
         for device in self._displays.read():
             if device.resolve() not in shown and self._counts(device, sample):
-                problem = f"driver {_driver(device) or 'none'} shows no card for it"
+                problem = f"driver {driver(device) or 'none'} shows no card for it"
                 sample.errors.append(f"{self._named(device)}: {problem}")
         return sample
 
@@ -130,7 +133,8 @@ def pci_name(device: Path) -> str | None:
     return "pci " + ":".join(str(one).removeprefix("0x") for one in numbers)
 
 
-def _driver(device: Path) -> str | None:
+def driver(device: Path) -> str | None:
+    """Return the name of the driver that has a device, ``None`` if none has."""
     link = device / "driver"
     return link.resolve().name if link.is_symlink() else None
 

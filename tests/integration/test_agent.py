@@ -245,7 +245,7 @@ async def test_a_driver_that_hangs_for_ever_stops_no_heartbeat_and_they_say_how_
 ) -> None:
     """The reading has to become seconds old."""
     nvml = FakeNvml([Card()])
-    source = NvidiaProbe(plant(tmp_path, "nvidia"), nvml).read
+    source = NvidiaProbe(plant(tmp_path, "nvidia-one"), nvml).read
     try:
         with closing(await Reader.open(0.5, sources={"nvidia": source})) as reader:
             async with BaseAgent(broker, interval_seconds=0.5, resources=reader):
@@ -291,7 +291,7 @@ async def test_a_driver_that_hangs_for_ever_does_not_keep_an_agent_from_stopping
         "-c",
         HANGING_AGENT,
         broker,
-        str(plant(tmp_path, "nvidia")),
+        str(plant(tmp_path, "nvidia-one")),
         cwd=PROJECT,
         stdout=asyncio.subprocess.PIPE,
     )

@@ -640,7 +640,7 @@ async def test_an_unknown_path_or_method_is_a_problem_too(http: httpx.AsyncClien
     assert (await problem(http, "/static/%2e%2e%2fapp.py"))[0] == 404
     refused = await http.post(AVAILABLE)
     assert refused.status_code == 405
-    assert refused.headers["allow"] == "GET"
+    assert refused.headers["allow"] == "GET, HEAD"
     refused = await http.delete("/api/v1/reservations")
     assert (refused.status_code, refused.headers["allow"]) == (405, "GET, POST")
 

@@ -340,3 +340,55 @@ def test_the_load_is_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {one.name: one.value for one in CpuProbe().read()}
 
     assert (values["cpu_load_1min"], values["cpu_load_5min"]) == (1.23, 0.5)
+
+
+MOVED = [-1_000.0, -0.5, 50_000.0]
+"""Seconds by which the counters jump as a container or a host is moved, resumed or restored."""
+
+
+@pytest.mark.parametrize("jump", MOVED)
+@pytest.mark.parametrize("which", ["busy", "idle"])
+def test_counters_that_jump_are_unknown_for_one_reading(
+    host: Host, jump: float, which: str
+) -> None:
+    probe = CpuProbe()
+    probe.read()
+    host.run(5, [0.5] * 8)
+    assert free(probe) == 4
+
+    host.run(0.5 if jump > -1 else 5, [0.0 if which == "idle" else 1.0] * 8)
+    counters = getattr(host, which)
+    counters[:] = [one + jump * (2 if jump > -1 and jump < 0 else 1) for one in counters]
+    during = {one.name: one for one in probe.read()}
+    host.run(5, [0.25] * 8)
+
+    assert during["cpu_percent"].value is None
+    assert during["cpu_cores_available"].value is None
+    assert "went back or jumped" in (during["cpu_percent"].problem or "")
+    assert reading(probe, "cpu_percent").value == 25.0
+
+
+def test_counters_that_stand_still_are_unknown_and_not_idle(host: Host) -> None:
+    probe = CpuProbe()
+    probe.read()
+
+    host.now += 5
+
+    assert reading(probe, "cpu_percent").value is None
+
+
+@pytest.mark.parametrize("jump", MOVED)
+def test_a_groups_counter_that_jumps_is_unknown_for_one_reading(host: Host, jump: float) -> None:
+    host.quotas["cpu.max"] = (4.0, 2_000.0)
+    probe = CpuProbe()
+    probe.read()
+    host.run(5, [0.5] * 8, {"cpu.max": 1.0})
+    assert free(probe) == 3
+
+    host.quotas["cpu.max"] = (4.0, 2_005.0 + jump)
+    host.run(5, [0.5] * 8)
+    during = reading(probe, "cpu_cores_available")
+    host.run(5, [0.5] * 8, {"cpu.max": 2.0})
+
+    assert during.value is None
+    assert free(probe) == 2

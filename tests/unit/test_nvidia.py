@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -38,7 +39,7 @@ def host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    return plant(tmp_path, "nvidia")
+    return plant(tmp_path, "nvidia-one")
 
 
 MIG = Card(
@@ -131,7 +132,7 @@ SCENARIOS = {
         [],
         "x86_64",
         [],
-        ["nvidia: the driver shows none of the 2 GPUs on the PCI bus (see dmesg)"],
+        ["nvidia gpu 0000:01:00.0: on the PCI bus, and its driver does not show it (see dmesg)"],
     ),
     "a card with as much memory as its x86 host": (
         [Card(total=120 * GIB, free=2 * GIB)],
@@ -373,3 +374,70 @@ def test_functions_that_an_old_driver_lacks_are_no_error(
 
     assert len(sample.gpus) == 1
     assert sample.source == "nvmlDeviceGetMemoryInfo, driver unknown"
+
+
+FOUR = ["0000:01:00.0", "0000:41:00.0", "0000:81:00.0", "0000:c1:00.0"]
+
+
+def bus(root: Path, addresses: Sequence[str], driver: str = "nvidia") -> None:
+    """Put GPUs on the PCI bus of a host."""
+    for address in addresses:
+        device = root / "sys/bus/pci/devices" / address
+        device.mkdir(parents=True)
+        (device / "vendor").write_text("0x10de\n")
+        (device / "class").write_text("0x030200\n")
+        (device / "driver").symlink_to(f"../../../../bus/pci/drivers/{driver}")
+
+
+def test_a_driver_that_lost_one_of_four_says_which(tmp_path: Path) -> None:
+    bus(tmp_path, FOUR)
+    shown = [Card(bus=f"0000{address.upper()}", uuid=address) for address in FOUR[:3]]
+
+    sample = NvidiaProbe(tmp_path, FakeNvml(shown)).read()
+
+    assert len(sample.gpus) == 3
+    assert sample.errors == [
+        "nvidia gpu 0000:c1:00.0: on the PCI bus, and its driver does not show it (see dmesg)"
+    ]
+
+
+def test_a_driver_that_does_not_tell_where_its_gpus_are_is_counted(tmp_path: Path) -> None:
+    bus(tmp_path, FOUR)
+
+    sample = NvidiaProbe(tmp_path, FakeNvml([Card(), Card(), Card()])).read()
+
+    assert sample.errors == ["nvidia: the driver shows 3 of the 4 GPUs on the PCI bus (see dmesg)"]
+
+
+def test_a_gpu_that_another_driver_has_is_named_with_it(tmp_path: Path) -> None:
+    bus(tmp_path, FOUR[:1])
+    bus(tmp_path, FOUR[1:2], driver="nouveau")
+
+    sample = NvidiaProbe(tmp_path, FakeNvml([Card(bus="00000000:01:00.0")])).read()
+
+    assert sample.errors == ["nvidia gpu 0000:41:00.0: driver nouveau has it"]
+
+
+def test_gpus_that_a_container_was_not_given_are_no_trouble(tmp_path: Path) -> None:
+    bus(tmp_path, FOUR[:2])
+    for minor, address in enumerate(FOUR[:2]):
+        told = tmp_path / "proc/driver/nvidia/gpus" / address / "information"
+        told.parent.mkdir(parents=True)
+        told.write_text(f"Model: \t\t H200\nDevice Minor: \t {minor}\n")
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidia0").touch()
+
+    sample = NvidiaProbe(tmp_path, FakeNvml([Card(bus="00000000:01:00.0")])).read()
+
+    assert sample.errors == []
+    assert sample.notes == ["nvidia gpu 0000:41:00.0 is not passed into this container"]
+
+
+def test_parts_of_a_gpu_that_are_made_for_virtual_machines_are_no_gpus(tmp_path: Path) -> None:
+    bus(tmp_path, FOUR)
+    for address in FOUR[1:]:
+        (tmp_path / "sys/bus/pci/devices" / address / "physfn").symlink_to(f"../{FOUR[0]}")
+
+    sample = NvidiaProbe(tmp_path, FakeNvml([Card(bus="00000000:01:00.0")])).read()
+
+    assert sample.errors == []

@@ -98,7 +98,7 @@ async def test_readings_out_of_turn_do_not_put_off_samples_for_ever() -> None:
 
 @pytest.fixture
 def nvml(tmp_path: Path) -> FakeNvml:
-    plant(tmp_path, "nvidia")
+    plant(tmp_path, "nvidia-one")
     return FakeNvml([Card()])
 
 
