@@ -642,7 +642,7 @@ async def test_an_unknown_path_or_method_is_a_problem_too(http: httpx.AsyncClien
     assert refused.status_code == 405
     assert refused.headers["allow"] == "GET, HEAD"
     refused = await http.delete("/api/v1/reservations")
-    assert (refused.status_code, refused.headers["allow"]) == (405, "GET, POST")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "GET, HEAD, POST")
 
 
 async def test_a_request_for_another_host_is_refused(http: httpx.AsyncClient) -> None:
