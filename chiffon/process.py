@@ -74,7 +74,11 @@ def stopped_by(*signals: signal.Signals) -> asyncio.Event:
 
 
 async def patiently(
-    work: Callable[[], Awaitable[T]], stopped: asyncio.Event, *, trouble: str
+    work: Callable[[], Awaitable[T]],
+    stopped: asyncio.Event,
+    *,
+    trouble: str,
+    lasting: Trouble | None = None,
 ) -> T | None:
     """Do what a process needs first, as soon as it can be done.
 
@@ -85,11 +89,12 @@ async def patiently(
         work: Tried every few seconds.
         stopped: Ends the waiting.
         trouble: What is not done meanwhile, for people.
+        lasting: Where it is kept what is waited for, for whoever asks meanwhile.
 
     Returns:
         What ``work`` returned; ``None`` if stopped before.
     """
-    lasting = Trouble()
+    lasting = lasting or Trouble()
     pause = FIRST_PAUSE_SECONDS
     while not stopped.is_set():
         try:

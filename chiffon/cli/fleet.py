@@ -1,38 +1,31 @@
 """``chiffon fleet``: all agents, as the registry has them."""
 
-import json
 import os
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID
 
 import typer
 
-from chiffon.cli.columns import EVENTS, FLEET, FLEET_LAST_KNOWN, RESERVED
+from chiffon.cli.columns import FLEET, RESERVED
 from chiffon.cli.output import (
-    Column,
     ColumnsOption,
     Format,
     FormatOption,
     Shape,
     WideOption,
-    age,
-    emit,
-    fitting,
     is_terminal,
     note,
-    print_plain,
     show_many,
     show_one,
 )
+from chiffon.cli.watch import Data, agents_of, columns_of, follow_events, looks, redraw, stream
 
 if TYPE_CHECKING:
     from chiffon.capacity.fleet import Agent, Fleet
     from chiffon.registry.agents import Agents
-    from chiffon.registry.registry import Registry
     from chiffon.registry.rows import AgentRow
 
 
@@ -54,7 +47,6 @@ AgentArgument = Annotated[
 ]
 PoolOption = Annotated[str | None, typer.Option("--pool-name", "--pool", help="A pool.")]
 TypeOption = Annotated[str | None, typer.Option(help="A type.")]
-Data = dict[str, Any]
 
 
 @app.command("list")
@@ -74,10 +66,10 @@ def list_agents(
     async def read() -> "tuple[list[Data], Fleet]":
         async with _registry() as registry:
             fleet = await OrchestratorService(registry).fleet()
-            return await _agents(registry, status, pool_name, agent_type), fleet
+            return await agents_of(registry, status, pool_name, agent_type), fleet
 
     agents, fleet = asyncio.run(read())
-    show_many(agents, _columns(fleet), output, Shape.of(wide, columns))
+    show_many(agents, columns_of(fleet), output, Shape.of(wide, columns))
     if fleet.trouble and agents:
         note(f"degraded: {fleet.trouble}")
     if not agents:
@@ -254,160 +246,22 @@ def watch(
     if events:
         if status or pool_name or agent_type:
             raise typer.BadParameter("--events takes no filter")
-        _follow_events(output)
+        follow_events(output)
         return
     shape = Shape.of(wide, columns)
     shape.chosen(FLEET)  # what is not a column is said before anything is shown
     can_redraw = is_terminal() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
     live = output is not Format.jsonl and can_redraw
-    follow = _redraw(shape) if live else _stream(output, shape)
+    follow = redraw(shape) if live else stream(output, shape)
 
     async def run() -> None:
         async with _registry() as registry:
-            await follow(_looks(registry, (status, pool_name, agent_type), interval))
+            await follow(looks(registry, (status, pool_name, agent_type), interval))
 
     try:
         asyncio.run(run())
     except KeyboardInterrupt:
         raise typer.Exit(0) from None
-
-
-def _follow_events(output: Format | None) -> None:
-    import asyncio
-
-    from chiffon.planner.events import following
-    from chiffon.settings import load
-
-    async def run() -> None:
-        url = load().amqp_url.get_secret_value()
-        async with following(url, name="chiffon fleet watch") as events:
-            if output is not Format.jsonl:
-                print_plain([[column.title for column in EVENTS]])
-            async for event in events:
-                row = event.model_dump(mode="json")
-                if output is Format.jsonl:
-                    emit(json.dumps(row))
-                else:
-                    print_plain([[column.cell(row) for column in EVENTS]])
-
-    try:
-        asyncio.run(run())
-    except KeyboardInterrupt:
-        raise typer.Exit(0) from None
-
-
-@dataclass(frozen=True)
-class Look:
-    """The agents that fit the filters, and the whole fleet in numbers."""
-
-    agents: list[Data]
-    fleet: "Fleet"
-
-
-async def _looks(
-    registry: "Registry", filters: tuple[str | None, str | None, str | None], interval: float
-) -> AsyncIterator[Look | str]:
-    """Yield the fleet again and again; while the database is away, what is wrong with it."""
-    import asyncio
-
-    from chiffon.capacity.service import OrchestratorService
-    from chiffon.errors import RegistryRefused, RegistryUnavailable
-
-    while True:
-        try:
-            fleet = await OrchestratorService(registry).fleet()
-            yield Look(await _agents(registry, *filters), fleet)
-        except RegistryRefused:
-            raise
-        except RegistryUnavailable as error:
-            yield str(error)
-        await asyncio.sleep(interval)
-
-
-def _redraw(shape: Shape) -> Callable[[AsyncIterator[Look | str]], Any]:
-    return lambda looks: _redrawn(looks, shape)
-
-
-async def _redrawn(looks: AsyncIterator[Look | str], shape: Shape) -> None:
-    import time
-
-    from rich.console import Group, RenderableType
-    from rich.live import Live
-    from rich.text import Text
-
-    last: Look | None = None
-    looked_at = 0.0
-    with Live(auto_refresh=False, screen=True) as display:
-        async for look in looks:
-            if isinstance(look, Look):
-                last, looked_at, trouble = look, time.monotonic(), ""
-            else:
-                trouble = look
-            seconds = time.monotonic() - looked_at
-            shown: list[RenderableType] = [
-                Text(headline(last.fleet, seconds, trouble) if last else trouble)
-            ]
-            if last is not None:
-                chosen = shape.chosen(_columns(last.fleet))
-                shown.append(fitting(last.agents, chosen, display.console.width, shape))
-            display.update(Group(*shown), refresh=True)
-
-
-def headline(fleet: "Fleet", seconds: float, trouble: str) -> str:
-    """Return the fleet in numbers, in one line.
-
-    Args:
-        fleet: The numbers.
-        seconds: How old they are.
-        trouble: Why they are no newer; empty if they are new.
-    """
-    counts = [f"{getattr(fleet, name)} {name}" for name in ("online", "busy", "offline")]
-    if fleet.silent:
-        counts.append(f"{fleet.silent} silent")
-    if fleet.reservations:
-        counts.append(f"{fleet.reservations} reserved")
-    if fleet.waiting:
-        counts.append(f"{fleet.waiting} waiting")
-    words = [", ".join(counts)]
-    if fleet.trouble:
-        words.append(f"degraded: {fleet.trouble}")
-    if trouble:
-        words.append(f"{age(seconds)} old: {trouble}")
-    return "; ".join(words)
-
-
-def _stream(output: Format | None, shape: Shape) -> Callable[[AsyncIterator[Look | str]], Any]:
-    def line(agent: Data, fleet: "Fleet") -> None:
-        if output is Format.jsonl:
-            emit(json.dumps(agent))
-        else:
-            print_plain([[column.cell(agent) for column in shape.chosen(_columns(fleet))]])
-
-    async def follow(looks: AsyncIterator[Look | str]) -> None:
-        if output is not Format.jsonl:
-            print_plain([[column.title for column in shape.chosen(FLEET)]])
-        seen: dict[str, tuple[Any, ...]] = {}
-        async for look in looks:
-            if isinstance(look, str):
-                note(f"{look}; trying again")
-            else:
-                for agent in _changed(look.agents, seen):
-                    line(agent, look.fleet)
-
-    return follow
-
-
-def _changed(agents: list[Data], seen: dict[str, tuple[Any, ...]]) -> Iterator[Data]:
-    """Yield the agents that are not as they were ``seen``, and note how they are."""
-    for agent in agents:
-        state = (agent["status"], agent["is_silent"], agent["last_heartbeat_at"])
-        if seen.get(agent["agent_id"]) != state:
-            seen[agent["agent_id"]] = state
-            yield agent
-
-
-def _columns(fleet: "Fleet") -> "list[Column]":
-    return FLEET if fleet.is_recording else FLEET_LAST_KNOWN
 
 
 def _registry() -> Any:
@@ -415,14 +269,3 @@ def _registry() -> Any:
     from chiffon.settings import load
 
     return Registry.open(load().database_url.get_secret_value())
-
-
-async def _agents(
-    registry: "Registry", status: str | None, pool_name: str | None, agent_type: str | None
-) -> list[Data]:
-    from chiffon.capacity.fleet import Agent
-    from chiffon.contract.fields import visible
-
-    names = (None if name is None else visible(name) for name in (pool_name, agent_type))
-    rows = await registry.agents.list(status, *names)
-    return [Agent.of(row).model_dump(mode="json") for row in rows]

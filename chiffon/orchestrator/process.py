@@ -21,6 +21,7 @@ from chiffon.capacity.service import OrchestratorService
 from chiffon.contract.lease import CANARY_INTERVAL_SECONDS
 from chiffon.contract.topology import Topology, canary_keys
 from chiffon.errors import BusUnavailable
+from chiffon.logs import Trouble
 from chiffon.observability import fleet_metrics, health, metrics
 from chiffon.observability.http import Page, exposing
 from chiffon.orchestrator.canary import Canary
@@ -101,6 +102,7 @@ class Orchestrator:
         self._connections = Connections(self._url, self.name, stack)
         self._upkeep = Upkeep(partial(self._dial, "declares"), self._topology, self._queues)
         self._checks: dict[str, Callable[[], Awaitable[None]]] = {}
+        self._waits_for = Trouble()
 
     async def wait(self, stopped: asyncio.Event) -> None:
         """Open the registry, and wait until tables and topology are there, or we are stopped."""
@@ -111,14 +113,14 @@ class Orchestrator:
                 connections=CONNECTIONS + COMMITTING * (len(self._queues) - 1),
             )
         )
-        self._checks = {"start": _not_started, **migrations.checks(self._registry)}
+        self._checks = {"start": self._require_started, **migrations.checks(self._registry)}
         if settings.metrics_port is not None:
             port = await self._stack.enter_async_context(
                 exposing(settings.metrics_host, settings.metrics_port, self._pages())
             )
             log.info("metrics and health on %s:%d", settings.metrics_host, port)
         for needed in (partial(migrations.require_head, self._registry), self._upkeep.ensure):
-            await patiently(needed, stopped, trouble="not started yet")
+            await patiently(needed, stopped, trouble="not started yet", lasting=self._waits_for)
 
     async def open(self) -> None:
         """Open all connections, and make the parts."""
@@ -249,6 +251,9 @@ class Orchestrator:
         await self._upkeep.look(self._declares)
         await self._responder.bind()
 
+    async def _require_started(self) -> None:
+        raise BusUnavailable(f"waiting: {self._waits_for.said or 'it has just begun'}")
+
     async def _dial(self, use: str) -> Connection:
         return await dial_any(self._url, f"{self.name} {use}")
 
@@ -265,10 +270,6 @@ class Orchestrator:
             "/readyz": lambda verbose: health.readyz(self._checks, verbose),
             "/metrics": exposed,
         }
-
-
-async def _not_started() -> None:
-    raise BusUnavailable("waits for the broker, the database or its tables; the log says for what")
 
 
 async def _require_answering(responder: Responder) -> None:

@@ -59,7 +59,8 @@ def answering() -> Iterator[None]:
         # The driver's own state, when the server ends a connection as a query begins on it.
         asyncpg.InternalClientError,
     ) as error:
-        raise RegistryUnavailable(f"the database failed us: {error}") from error
+        said = error.strerror if isinstance(error, OSError) else None
+        raise RegistryUnavailable(f"the database failed us: {said or error}") from error
 
 
 _OF_A_ROW = (

@@ -20,7 +20,7 @@ from chiffon.planner import events as planner_events
 from chiffon.planner.events import following
 from chiffon.registry import migrations
 from chiffon.registry.registry import Registry
-from tests.fixtures import plain
+from tests.fixtures import gateway, plain
 from tests.fixtures.command import started
 from tests.fixtures.heartbeats import update
 from tests.fixtures.plain import Queues
@@ -224,3 +224,46 @@ async def test_what_somebody_deletes_is_made_again(
 async def listen(events: AsyncIterator[object], told: list[object]) -> None:
     async for event in events:
         told.append(event)
+
+
+async def test_a_database_that_takes_no_writes_is_not_ready_and_needs_no_restart(
+    servers: Servers, broker: str, database_url: str, registry: Registry
+) -> None:
+    """A ``SELECT 1`` works all the while."""
+    name, port = urlsplit(database_url).path[1:], free_port()
+    read_only = f"ALTER DATABASE {name} SET default_transaction_read_only"
+    ended = (
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        f" WHERE datname = '{name}' AND application_name = 'chiffon'"
+    )
+    one = update()
+    async with (
+        orchestrating(broker, database_url, metrics_port=port),
+        gateway.serving(broker, database_url) as http,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as orchestrator_,
+        plain.channel(broker) as to,
+    ):
+
+        async def are_ready() -> bool:
+            answers = [await each.get("/readyz?verbose") for each in (http, orchestrator_)]
+            return all(answer.status_code == 200 for answer in answers)
+
+        async def are_not_ready() -> bool:
+            answers = [await each.get("/readyz?verbose") for each in (http, orchestrator_)]
+            return all("[-]database failed" in answer.text for answer in answers) and all(
+                "read-only" in answer.text for answer in answers
+            )
+
+        await until(are_ready, "both are ready")
+        await execute(servers.database_url, f"{read_only} = on")
+        await execute(servers.database_url, ended)
+        await until(are_not_ready, "both say that the database takes no writes")
+        body, key = one.model_dump_json().encode(), f"heartbeat.default.desktop.{one.agent_id}"
+        await plain.publish(to, "chiffon.heartbeats", key, body, "status_update.v1")
+        await execute(servers.database_url, f"{read_only} = off")
+
+        async def is_recorded() -> bool:
+            return await registry.agents.show(one.agent_id) is not None
+
+        await until(is_recorded, "the heartbeat that waited is recorded")
+        await until(are_ready, "both are ready again")

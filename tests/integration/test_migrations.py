@@ -152,3 +152,33 @@ def test_the_alembic_command_itself_works(empty_database_url: str) -> None:
             text=True,
         )
         assert done.returncode == 0, done.stderr
+
+
+async def test_another_programs_alembic_is_none_of_ours(empty_database_url: str) -> None:
+    connection = await asyncpg.connect(asyncpg_url(empty_database_url))
+    await connection.execute("CREATE TABLE alembic_version (version_num text PRIMARY KEY)")
+    await connection.execute("INSERT INTO alembic_version VALUES ('0006'), ('cafe12345678')")
+    await connection.execute("CREATE TABLE theirs (id int)")
+
+    async with Registry.open(empty_database_url) as registry:
+        with pytest.raises(TablesMissing, match="no chiffon tables yet"):
+            await migrations.require_head(registry)
+        await migrations.upgrade(empty_database_url)
+        await migrations.require_head(registry)
+
+    assert await migrations.differences(empty_database_url) is None
+    assert await connection.fetchval("SELECT count(*) FROM alembic_version") == 2
+    await connection.close()
+
+
+async def test_a_revision_that_we_do_not_know_is_refused(
+    registry: Registry, database_url: str
+) -> None:
+    connection = await asyncpg.connect(asyncpg_url(database_url))
+    await connection.execute("UPDATE chiffon_version SET version_num = '9999'")
+    await connection.close()
+
+    with pytest.raises(TablesMissing, match="9999, which this chiffon does not know: a newer one"):
+        await migrations.require_head(registry)
+    with pytest.raises(TablesMissing, match="9999"):
+        await migrations.upgrade(database_url)

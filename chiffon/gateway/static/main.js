@@ -50,7 +50,8 @@ function showHead() {
   };
   // What is wrong with us is said once, here; the rows keep what was last known of the agents.
   const words = trouble ?? (isLive || fleet.age === null ? null : "The gateway does not answer.");
-  banner("trouble", words ? `${words} What is shown is what was known ${age(fleet.age)} ago.` : "");
+  const known = fleet.age === null ? "" : ` What is shown is what was known ${age(fleet.age)} ago.`;
+  banner("trouble", words ? `${words}${known}` : "");
   document.body.toggleAttribute("data-stale", !fleet.isTrusted);
   if (!summary) return;
   banner("degraded", summary.trouble && !words ? `We do not trust our own view now: ${summary.trouble}.` : "");
