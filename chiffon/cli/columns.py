@@ -207,9 +207,9 @@ RESERVATIONS = [
     Column("HOST", _hosts),
     Column("VRAM", _gpus, is_number=True),
     Column("CORES", lambda row: plain(row["cpu_cores"]), is_number=True),
-    Column("MEMORY", lambda row: gigabytes(row["memory_gb"]), is_number=True, rank=1),
+    Column("MEMORY", lambda row: gigabytes(row["memory_gb"]), is_number=True),
     Column("ENDS IN", _until, is_number=True),
-    Column("FENCE", lambda row: plain(row["fence"]), is_number=True, rank=2),
+    Column("FENCE", lambda row: plain(row["fence"]), is_number=True),
     Column("RESERVATION", lambda row: str(row["reservation_id"])),
 ]
 
@@ -217,7 +217,7 @@ RESERVED = [
     Column("VRAM", lambda row: _gpus({"places": [row], "gpu_vram_gb": _each(row)}), True),
     Column("CORES", lambda row: plain(row["cpu_cores"]), is_number=True),
     Column("MEMORY", lambda row: gigabytes(row["memory_gb"]), is_number=True),
-    Column("FENCE", lambda row: plain(row["fence"]), is_number=True, rank=2),
+    Column("FENCE", lambda row: plain(row["fence"]), is_number=True),
     Column("RESERVATION", lambda row: str(row["reservation_id"])),
 ]
 

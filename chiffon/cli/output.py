@@ -49,7 +49,7 @@ WideOption = Annotated[
 ]
 ColumnsOption = Annotated[
     str | None,
-    typer.Option("--columns", help="Only these columns, by their titles: host,status,free-vram."),
+    typer.Option("--columns", help="Only these columns, by their titles: host,status,free-cores."),
 ]
 
 
@@ -80,15 +80,20 @@ class Column:
 
 @dataclass(frozen=True)
 class Shape:
-    """What somebody wants to see of a table: ``columns`` by their names, or all of it."""
+    """What somebody wants to see of a table: ``columns`` by their names, or all of it.
+
+    ``is_asked``: whether the command has the options for it.
+    """
 
     is_wide: bool = False
     columns: Sequence[str] = ()
+    is_asked: bool = False
 
     @classmethod
     def of(cls, wide: bool, columns: str | None) -> "Shape":
         """Return what the options of the same names say."""
-        return cls(wide, [one.strip().lower() for one in (columns or "").split(",") if one.strip()])
+        names = [one.strip().lower() for one in (columns or "").split(",") if one.strip()]
+        return cls(wide, names, is_asked=True)
 
     def chosen(self, columns: Sequence[Column]) -> Sequence[Column]:
         """Return the columns that were asked for, in that order; all if none were.
@@ -297,7 +302,7 @@ def _print_table(rows: Sequence[Row], columns: Sequence[Column], shape: Shape) -
         console.print(made, crop=False, overflow="ignore")
     emit(capture.get().rstrip("\n"))
     left_out = len(columns) - len(made.columns)
-    if left_out:
+    if left_out and shape.is_asked:
         note(f"{left_out} columns more with --wide")
 
 
