@@ -229,6 +229,15 @@ def shard_key(queue: str) -> str:
     return f"shard.{queue.rpartition('.')[2]}"
 
 
+def tells_of_delivery(key: str) -> bool:
+    """Return whether a mandatory answer to this key comes back only if nobody took it.
+
+    To direct reply-to it comes back although it is delivered (RabbitMQ 3.10 and 4.0): there it
+    tells nothing, so an answer is sent without.
+    """
+    return not key.startswith(DIRECT_REPLY_TO)
+
+
 def reply_route(reply_to: str | None, allowed: tuple[str, ...] = REPLY_FORMS) -> tuple[str, str]:
     """Return the exchange and routing key for an answer.
 

@@ -34,11 +34,11 @@ from chiffon.contract.topology import (
     CAPACITY_QUEUE,
     CAPACITY_STANDBY_QUEUE,
     DEADLINE_HEADER,
-    DIRECT_REPLY_TO,
     REPLY_FORMS,
     RPC,
     Binding,
     reply_route,
+    tells_of_delivery,
 )
 from chiffon.errors import (
     BadMessage,
@@ -228,9 +228,8 @@ class Responder:
             log.info("dropped an answer: its planner stopped waiting after %g s", patience)
             await self._give_back(answer)
             return
-        # Whether a reservation reached its holder must be known; of other answers it need not. Of
-        # direct reply-to it cannot be: the broker returns a mandatory message that it delivers.
-        must_be_known = answer.made is not None and not key.startswith(DIRECT_REPLY_TO)
+        # Whether a reservation reached its holder must be known; of other answers it need not.
+        must_be_known = answer.made is not None and tells_of_delivery(key)
         publisher = self._confirmed if must_be_known else self._replies
         try:
             await publisher.publish(

@@ -17,6 +17,7 @@ from chiffon.capacity.room import Wanted
 from chiffon.capacity.service import OrchestratorService, offer_of
 from chiffon.contract.codec import encode
 from chiffon.contract.messages import CAPACITY_OFFERS, MAX_OFFERS, CapacityOffers, CapacityWait
+from chiffon.contract.topology import tells_of_delivery
 from chiffon.errors import (
     BusUnavailable,
     CapacityRefused,
@@ -155,6 +156,7 @@ class WaitQueueServer:
                     correlation_id=one.reply.correlation_id,
                 ),
                 timeout=SEND_SECONDS,
+                mandatory=tells_of_delivery(one.reply.key),
             )
         except (Unroutable, NotTaken):
             log.info("%s waited and is gone", one.wait_id)

@@ -31,7 +31,7 @@ from chiffon.orchestrator.responder import QUESTIONS
 from chiffon.planner.held_reservation import usable_seconds
 from chiffon.planner.rpc import RpcClient
 from chiffon.registry.registry import Registry
-from chiffon.registry.wait_queue import ReplyAddress, WaitQueue
+from chiffon.registry.wait_queue import OFFERED_SECONDS, ReplyAddress, WaitQueue
 from tests.fixtures import plain
 from tests.fixtures.caller import Caller
 from tests.fixtures.proxy import Proxy
@@ -238,6 +238,36 @@ async def test_what_is_reserved_over_direct_reply_to_stays_reserved(
     await until(is_sent, "the responder is done with it")
     assert answer.type == "capacity.reservation.v1"
     assert not await is_free(registry)
+
+
+async def test_who_waited_over_direct_reply_to_is_known_to_have_been_offered_something(
+    serving: str, registry: Registry
+) -> None:
+    """Else whoever is next in line is offered the same room at once."""
+    answers: asyncio.Queue[Any] = asyncio.Queue()
+    async with plain.channel(serving) as channel:
+        queue = await channel.get_queue("amq.rabbitmq.reply-to", ensure=False)
+        await queue.consume(answers.put, no_ack=True)
+        for number in range(2):
+            await plain.publish(
+                channel,
+                "chiffon.rpc",
+                "capacity",
+                {"min_gpu_vram_gb": 40.0, "min_cpu_cores": 0},
+                "capacity.wait.v1",
+                reply_to="amq.rabbitmq.reply-to",
+                correlation_id=str(number),
+            )
+            await joined(registry, number + 1)
+        one = rig(gpu(0, 50.0), interval_seconds=60.0)
+        await record(registry, one)
+        async with asyncio.timeout(20):
+            first = await answers.get()
+            answered = time.monotonic()
+            second = await answers.get()
+
+    assert (first.correlation_id, second.correlation_id) == ("0", "1")
+    assert time.monotonic() - answered > OFFERED_SECONDS / 2, "the first has time to take it"
 
 
 async def test_a_planner_whose_line_is_cut_gets_the_same_reservation(
