@@ -100,6 +100,8 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             self.server.free.release()
 
+    do_HEAD = do_GET
+
     def _page(self) -> Page:
         parts = urlsplit(self.path)
         make = self.server.pages.get(parts.path)
@@ -118,7 +120,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", page.content_type)
         self.send_header("Content-Length", str(len(page.body)))
         self.end_headers()
-        self.wfile.write(page.body)
+        if self.command != "HEAD":
+            self.wfile.write(page.body)
 
     def version_string(self) -> str:
         return "chiffon"

@@ -136,7 +136,7 @@ class Sessions:
             check = ""
         try:
             await session.execute(f"{_set(self._settings)}{check}", timeout=seconds)
-        except asyncpg.RaiseError:
+        except asyncpg.DivisionByZeroError:
             log.info("the database is behind a pooler: no prepared statements")
             self.is_pooled = True
             session.terminate()
@@ -163,9 +163,7 @@ class Sessions:
         return session
 
 
-_UNLESS_POOLED = """
-DO $$ BEGIN IF pg_backend_pid() <> {pid} THEN RAISE 'a pooler'; END IF; END $$;
-"""
+_UNLESS_POOLED = "SELECT 1 / (pg_backend_pid() = {pid})::int;"
 
 
 def _set(settings: Mapping[str, str], *, is_local: bool = False) -> str:

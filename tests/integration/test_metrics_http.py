@@ -128,6 +128,8 @@ async def test_an_orchestrator_is_ready_while_it_consumes(broker: str, database_
             ],
         )
         assert (await http.get("/livez")).text == "ok\n"
+        head = await http.head("/livez")
+        assert (head.status_code, head.content) == (200, b"")
         nothing = await http.get("/elsewhere")
         assert (nothing.status_code, nothing.text) == (
             404,
