@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlmodel import SQLModel
 
 import chiffon.registry.tables  # noqa: F401  (fills the metadata)
-from chiffon.registry.session import connect
+from chiffon.registry.session import connect_for_migrations
 from chiffon.settings import load
 
 config = context.config
@@ -52,7 +52,7 @@ async def migrate_online() -> None:
     url = database_url()
     engine = create_async_engine(
         "postgresql+asyncpg://",
-        async_creator=lambda: connect(url),  # the same session as everywhere else
+        async_creator=lambda: connect_for_migrations(url),  # the same session as everywhere else
         poolclass=pool.NullPool,
     )
     try:

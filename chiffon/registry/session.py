@@ -46,6 +46,9 @@ own. Not set are ``default_transaction_read_only``, by which an administrator ke
 writing, and ``synchronous_commit``, which is how safe a commit is to be."""
 
 
+NO_LIMITS = dict.fromkeys(("statement_timeout", "idle_in_transaction_session_timeout"), "0")
+
+
 class Session(asyncpg.Connection):
     """A session. ``is_pooled``: a pooler may give each of its transactions to another server."""
 
@@ -67,12 +70,20 @@ class Sessions:
     Args:
         url: As ``database_url.parse`` takes it.
         settings: More of them, for each session.
+        answer_seconds: For PostgreSQL to answer a statement; ``None``: as long as it takes.
 
     Raises:
         BadConfiguration: Not such a URL.
     """
 
-    def __init__(self, url: str, settings: Mapping[str, str] = MappingProxyType({})) -> None:
+    def __init__(
+        self,
+        url: str,
+        settings: Mapping[str, str] = MappingProxyType({}),
+        *,
+        answer_seconds: float | None = ANSWER_SECONDS,
+    ) -> None:
+        self._answer_seconds = answer_seconds
         self._url: DatabaseUrl = parse(url)
         self._settings = {**SETTINGS, **self._url.settings, **settings}
         # Behind a pooler that is known of there is no need to find out again.
@@ -153,7 +164,7 @@ class Sessions:
         session: Session = await asyncpg.connect(
             **{**self._url.driver, **driver, **where, "connection_class": Session},
             timeout=seconds,
-            command_timeout=ANSWER_SECONDS,
+            command_timeout=self._answer_seconds,
             max_cached_statement_lifetime=0,
             statement_cache_size=0 if self.is_pooled else 100,
             # The others are set later: PgBouncer refuses those that it does not know.
@@ -191,7 +202,11 @@ def _said(trouble: Exception) -> str:
     return str(trouble)
 
 
-async def connect(url: str) -> Session:
-    """Open one session, for whoever needs no pool. Raises what ``Sessions.connect`` does."""
+async def connect_for_migrations(url: str) -> Session:
+    """Open one session whose statements take as long as they take: an index over many rows does.
+
+    Raises what ``Sessions.connect`` does.
+    """
+    sessions = Sessions(url, NO_LIMITS, answer_seconds=None)
     async with asyncio.timeout(ANSWER_SECONDS):
-        return await Sessions(url).connect()
+        return await sessions.connect()

@@ -13,7 +13,7 @@ import pytest
 from chiffon.capacity.service import OrchestratorService
 from chiffon.embedded.postgres import asyncpg_url
 from chiffon.errors import BadConfiguration, RegistryUnavailable, TablesMissing
-from chiffon.registry import migrations
+from chiffon.registry import migrations, session
 from chiffon.registry.registry import Registry
 
 PROJECT = Path(__file__).parents[2]
@@ -182,3 +182,22 @@ async def test_a_revision_that_we_do_not_know_is_refused(
         await migrations.require_head(registry)
     with pytest.raises(TablesMissing, match="9999"):
         await migrations.upgrade(database_url)
+
+
+async def test_a_migration_takes_as_long_as_it_takes(
+    empty_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index over many rows takes longer than a question may."""
+    await migrations.upgrade(empty_database_url, "0005")
+    monkeypatch.setattr(session, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(session, "SETTINGS", {**session.SETTINGS, "statement_timeout": "500ms"})
+    connection = await asyncpg.connect(asyncpg_url(empty_database_url))
+    async with connection.transaction():
+        await connection.execute("LOCK TABLE agent_registry IN ACCESS EXCLUSIVE MODE")
+        upgrading = asyncio.create_task(migrations._run("upgrade", empty_database_url, "head"))
+        await asyncio.sleep(2)  # four times as long
+        waiting = await connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted")
+        assert waiting > 0
+    await upgrading
+    assert await connection.fetchval("SELECT version_num FROM chiffon_version") == "0006"
+    await connection.close()

@@ -96,7 +96,8 @@ DELETE FROM pool_outage o
  WHERE NOT EXISTS (SELECT FROM agent_registry r WHERE r.pool_name = o.pool_name)
 
 -- name: drain
-UPDATE agent_registry SET drained = true, named_at = statement_timestamp(), drain_reason = :reason::text,
+UPDATE agent_registry SET drained = true, drain_reason = :reason::text,
+       named_at = statement_timestamp(),
        drained_at = CASE WHEN drained THEN drained_at ELSE statement_timestamp() END,
        drain_deadline = statement_timestamp() + :deadline_seconds::float8 * interval '1 second'
  WHERE agent_id = :agent_id::uuid
