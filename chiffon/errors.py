@@ -4,7 +4,7 @@
     * BadMessage             a body that is not the message it says it is
     * BadConfiguration       a setting that cannot work
     * StateUnavailable       the state folder cannot be read or written now
-    * AddressTaken           another program listens where we are to
+    * AddressUnavailable     another program listens where we are to, or the address is not up
     * NotInstalled           a package that an extra brings is not here
     * ProbeError             hardware is present but could not be read
     * AgentNotFoundError     no such agent in the registry
@@ -36,6 +36,7 @@
 Messages say what happened, why, and what to do next, in one line, and never hold a password.
 """
 
+import errno
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,8 +70,12 @@ class StateUnavailable(ChiffonError):
     """The state folder cannot be read or written now: full, another user's, or damaged."""
 
 
-class AddressTaken(ChiffonError):
-    """Another program listens where we are to; the message names the setting."""
+PASSING = {errno.EADDRINUSE, errno.EADDRNOTAVAIL}
+"""Why nobody can listen now: another program does, or the host has not got that address yet."""
+
+
+class AddressUnavailable(ChiffonError):
+    """Nobody can listen there now, for a reason of ``PASSING``; the message names the setting."""
 
 
 class NotInstalled(ChiffonError):
@@ -278,7 +283,7 @@ _EXIT_CODES: dict[type, int] = {
     CapacityTimeout: 75,
     NotWritten: 75,
     AlreadyUp: 75,
-    AddressTaken: 75,
+    AddressUnavailable: 75,
     BusRefused: 77,
     RegistryRefused: 77,
     # To a command only: a value that somebody gave it.

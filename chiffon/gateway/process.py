@@ -5,7 +5,6 @@ Any number may run. It answers from the registry, and writes reservations there.
 
 import asyncio
 import contextlib
-import errno
 import ipaddress
 import logging
 import socket
@@ -20,7 +19,7 @@ from chiffon.amqp.reconnecting import ReconnectingConnection
 from chiffon.capacity.reservations import ReservationService
 from chiffon.capacity.service import OrchestratorService
 from chiffon.contract.topology import RPC
-from chiffon.errors import AddressTaken, BadConfiguration
+from chiffon.errors import PASSING, AddressUnavailable, BadConfiguration
 from chiffon.gateway.app import FOLLOWERS, Parts, make
 from chiffon.gateway.forwarded import networks
 from chiffon.gateway.history import History
@@ -52,7 +51,7 @@ async def serve(settings: Settings, stopped: asyncio.Event) -> None:
 
     Raises:
         BadConfiguration: Nobody can listen at that address.
-        AddressTaken: Another program does.
+        AddressUnavailable: Nobody can now: another program does, or the address is not up yet.
     """
     if settings.http_fd is not None:
         listening = _inherited(settings.http_fd)
@@ -157,8 +156,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.listen(1_024)
     except OSError as error:
         listening.close()
-        # A port that is taken may be free again; the others stay as they are until another start.
-        kind = AddressTaken if error.errno == errno.EADDRINUSE else BadConfiguration
+        kind = AddressUnavailable if error.errno in PASSING else BadConfiguration
         raise kind(f"CHIFFON_HTTP_PORT: cannot listen on {host}:{port}: {error.strerror}") from None
     return listening
 

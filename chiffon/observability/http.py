@@ -6,7 +6,6 @@ still turns; the sockets are served by threads, so that a loop that does not is 
 
 import asyncio
 import concurrent.futures
-import errno
 import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -16,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from urllib.parse import parse_qs, urlsplit
 
-from chiffon.errors import AddressTaken, BadConfiguration
+from chiffon.errors import PASSING, AddressUnavailable, BadConfiguration
 
 ANSWER_SECONDS = 5.0
 SOCKET_SECONDS = 10.0
@@ -50,14 +49,13 @@ async def exposing(host: str, port: int, pages: Pages) -> AsyncIterator[int]:
 
     Raises:
         BadConfiguration: Nobody can listen there.
-        AddressTaken: Another program does.
+        AddressUnavailable: Nobody can now: another program does, or the address is not up yet.
     """
     loop = asyncio.get_running_loop()
     try:
         server = _Server((host, port), _Handler)
     except OSError as error:
-        # A port that is taken may be free again; the others stay as they are until another start.
-        kind = AddressTaken if error.errno == errno.EADDRINUSE else BadConfiguration
+        kind = AddressUnavailable if error.errno in PASSING else BadConfiguration
         raise kind(
             f"CHIFFON_METRICS_PORT: cannot listen on {host}:{port}: {error.strerror}"
         ) from None

@@ -15,7 +15,7 @@ import pytest
 
 from chiffon import PlannerClient
 from chiffon.embedded.children import free_port
-from chiffon.errors import AddressTaken
+from chiffon.errors import AddressUnavailable
 from chiffon.observability import health
 from chiffon.observability.http import Page, exposing
 from chiffon.registry.registry import Registry
@@ -228,6 +228,6 @@ async def test_an_address_of_ip_version_6_is_served() -> None:
 
 async def test_a_port_that_is_taken_is_said_to_be() -> None:
     async with exposing("127.0.0.1", 0, {}) as port:
-        with pytest.raises(AddressTaken, match=r"CHIFFON_METRICS_PORT: cannot listen"):
+        with pytest.raises(AddressUnavailable, match=r"CHIFFON_METRICS_PORT: cannot listen"):
             async with exposing("127.0.0.1", port, {}):
                 pass
