@@ -138,7 +138,7 @@ class Sessions:
         self, host: tuple[str, int] | None, seconds: float, driver: Mapping[str, Any]
     ) -> Session:
         session = await self._open(host, seconds, driver)
-        if self.is_pooled:
+        if session.is_pooled:
             return session
         # One round trip, and no prepared statement, which a pooler might give to another server.
         # A pooler makes up the number by which a statement is cancelled.
@@ -161,16 +161,17 @@ class Sessions:
         self, host: tuple[str, int] | None, seconds: float, driver: Mapping[str, Any]
     ) -> Session:
         where = {} if host is None else {"host": host[0], "port": host[1]}
+        is_pooled = self.is_pooled  # others may find it out while this one is being opened
         session: Session = await asyncpg.connect(
             **{**self._url.driver, **driver, **where, "connection_class": Session},
             timeout=seconds,
             command_timeout=self._answer_seconds,
             max_cached_statement_lifetime=0,
-            statement_cache_size=0 if self.is_pooled else 100,
+            statement_cache_size=0 if is_pooled else 100,
             # The others are set later: PgBouncer refuses those that it does not know.
             server_settings={"application_name": self._url.application_name},
         )
-        session.is_pooled = self.is_pooled
+        session.is_pooled = is_pooled
         return session
 
 

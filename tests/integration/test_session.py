@@ -1,7 +1,7 @@
 """Sessions with PostgreSQL: what others set, a pooler between, several hosts."""
 
 import asyncio
-from typing import TypeAlias
+from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -13,7 +13,7 @@ from chiffon.errors import InsufficientCapacity, RegistryRefused, RegistryUnavai
 from chiffon.registry import migrations
 from chiffon.registry.pool import Pool
 from chiffon.registry.registry import Registry
-from chiffon.registry.session import SETTINGS
+from chiffon.registry.session import SETTINGS, Sessions
 from tests.fixtures.heartbeats import update
 from tests.fixtures.pgbouncer import needs_pgbouncer, pooling
 from tests.fixtures.rooms import gpu, record, request, rig
@@ -178,6 +178,25 @@ async def test_behind_a_pooler_each_transaction_has_our_settings(odd_url: str) -
         "statement_timeout": "1min",
     }
     assert left == ODD["TimeZone"]
+
+
+@needs_pgbouncer
+async def test_a_pooler_is_found_out_by_each_of_those_that_come_at_once(
+    database_url: str,
+) -> None:
+    async with pooling(database_url, "transaction") as url:
+        sessions = Sessions(url)
+
+        async def open_after(seconds: float) -> Any:
+            await asyncio.sleep(seconds)
+            return await sessions.connect()
+
+        opened = await asyncio.gather(*(open_after(0.001 * number) for number in range(30)))
+        caches = {one._config.statement_cache_size for one in opened}
+        for one in opened:
+            await one.close()
+
+    assert caches == {0}
 
 
 @needs_pgbouncer
