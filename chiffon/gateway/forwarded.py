@@ -28,7 +28,7 @@ class Forwarded:
 
     Args:
         app: The application.
-        trusted: Whose headers are believed; those of others are removed.
+        trusted: Whose headers are believed; those of others are passed over.
         root_path: Where the application is, unless a proxy says so.
     """
 
@@ -53,7 +53,9 @@ class Forwarded:
             address = ipaddress.ip_address(client[0])
         except ValueError:  # a socket of another kind
             return False
-        return any(address in network for network in self._trusted)
+        # A socket of both kinds shows 10.0.0.1 as ::ffff:10.0.0.1.
+        own = getattr(address, "ipv4_mapped", None) or address
+        return any(own in network for network in self._trusted)
 
     def _apply(self, scope: Scope, said: Headers) -> None:
         if said.get("x-forwarded-proto") in ("http", "https"):
