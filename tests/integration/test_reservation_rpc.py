@@ -427,7 +427,7 @@ async def test_a_line_outlives_the_responder_that_took_the_question(
 
 
 async def test_who_waits_asks_again_and_outlives_that_nobody_answers(
-    amqp_url: str, database_url: str, registry: Registry, monkeypatch: pytest.MonkeyPatch
+    broker: str, database_url: str, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The line was lost, and when the question is asked again there is no responder at first."""
     monkeypatch.setattr("chiffon.planner.client.ASK_TO_WAIT_AGAIN_SECONDS", 0.5)
@@ -440,8 +440,8 @@ async def test_who_waits_asks_again_and_outlives_that_nobody_answers(
 
     original = RpcClient.call
     monkeypatch.setattr(RpcClient, "call", call)
-    async with PlannerClient.open(amqp_url) as planner:
-        async with orchestrating(amqp_url, database_url):
+    async with PlannerClient.open(broker) as planner:
+        async with orchestrating(broker, database_url):
             waiting = asyncio.create_task(
                 planner.wait(CapacityWait(min_gpu_vram_gb=40, timeout_seconds=60))
             )
@@ -455,7 +455,7 @@ async def test_who_waits_asks_again_and_outlives_that_nobody_answers(
 
         await until(has_asked_nobody, "it asks while nobody is there")
         assert not waiting.done()
-        async with orchestrating(amqp_url, database_url):
+        async with orchestrating(broker, database_url):
             await joined(registry, 1)
             await record(registry, rig(gpu(0, 50.0)))
             assert len((await waiting).agents) == 1
